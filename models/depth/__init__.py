@@ -1,0 +1,1 @@
+"""Depth strategies: ways to execute a stack of blocks."""

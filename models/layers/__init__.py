@@ -1,0 +1,1 @@
+"""Layers of a block: linear maps, norms, feed-forward networks, the embedding."""

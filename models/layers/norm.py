@@ -1,0 +1,48 @@
+"""Normalisations over the last axis. Statistics are float32; the result has the type of the input."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import options
+from models.layers.parameter import parameter
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x**2) + epsilon) * scale` (arXiv:1910.07467)."""
+
+    def __init__(self, option: options.RMSNorm, size: int, *, axis: str = "embed", rngs: nnx.Rngs):
+        self.epsilon = option.epsilon
+        self.scale = parameter(rngs, (size,), nnx.initializers.ones, role="vector", axes=(axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size]."""
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * _row(self.scale, x.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(variance + epsilon) * scale (+ bias)` (arXiv:1607.06450)."""
+
+    def __init__(self, option: options.LayerNorm, size: int, *, axis: str = "embed", rngs: nnx.Rngs):
+        self.epsilon = option.epsilon
+        self.scale = parameter(rngs, (size,), nnx.initializers.ones, role="vector", axes=(axis,))
+        self.bias = parameter(rngs, (size,), nnx.initializers.zeros, role="vector", axes=(axis,)) if option.bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size]."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        out = centred * inverse * _row(self.scale, x.ndim)
+        if self.bias is not None:
+            out = out + _row(self.bias, x.ndim)
+        return out.astype(x.dtype)
+
+
+def _row(vector: nnx.Param, ndim: int) -> jax.Array:
+    """A vector shaped for rank-`ndim` broadcasting, so that rank promotion can stay an error."""
+    return vector[...].reshape((1,) * (ndim - 1) + (-1,))

@@ -1,0 +1,118 @@
+"""Cross-entropy that never holds the logits of all tokens at once."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_BYTES = 64 * 2**20
+"""Default size of the float32 logits that exist at one time."""
+
+
+def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(logits / cap)` (Gemma 2, arXiv:2408.00118); as they are when `cap` is None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def cross_entropy(
+    h: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    cap: float | None = None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed negative log-likelihood and number of right guesses.
+
+    Args:
+      h: [B, T, width] hidden states in the compute type.
+      kernel: float32 [width, vocab], used in the type of `h`; products accumulate in float32.
+      targets: int32 [B, T].
+      weights: float32 [B, T]; 0 leaves a token out.
+      cap: soft-cap of the logits.
+      chunk: tokens whose logits exist at once, rounded down to whole columns of the batch so that its sharding is kept;
+        None fits them into `CHUNK_BYTES`. When T is no multiple of it, the last chunk is padded with weight 0.
+
+    Returns:
+      Float32 scalars: sum of weights * nats, and sum of weights where the largest logit is the target.
+    """
+    batch, length, _ = h.shape
+    chunk = chunk or CHUNK_BYTES // (4 * kernel.shape[1])
+    columns = min(length, max(1, chunk // batch))
+    return _summed(h, kernel, targets, weights, cap, columns)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed(h, kernel, targets, weights, cap, columns):
+    kernel = kernel.astype(h.dtype)
+
+    def add(carry, part):
+        nats, right = carry
+        loss, correct, _ = _chunk(*part, kernel, cap)
+        return (nats + loss, right + correct), None
+
+    return _over_chunks(add, (h, targets, weights), columns, (jnp.float32(0), jnp.float32(0)))[0]
+
+
+def _forward(h, kernel, targets, weights, cap, columns):
+    """The gradient is taken while a chunk's logits are there, so that the backward pass only scales it."""
+    cast = kernel.astype(h.dtype)
+
+    def add(carry, part):
+        nats, right, dkernel = carry
+        loss, correct, dlogits = _chunk(*part, cast, cap)
+        dh = jnp.einsum("btv,dv->btd", dlogits, cast).astype(h.dtype)
+        dkernel = dkernel + jnp.einsum("btd,btv->dv", part[0], dlogits, preferred_element_type=jnp.float32)
+        return (nats + loss, right + correct, dkernel), dh
+
+    start = (jnp.float32(0), jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
+    (nats, right, dkernel), dh = _over_chunks(add, (h, targets, weights), columns, start)
+    return (nats, right), (dh, dkernel, targets, weights)
+
+
+def _backward(cap, columns, residual, cotangents):
+    dh, dkernel, targets, weights = residual
+    scale = cotangents[0]
+    # Right guesses are a count, and weights and targets are data: none of them has a gradient.
+    return (dh * scale.astype(dh.dtype), dkernel * scale, None, jnp.zeros_like(weights))
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _chunk(h, targets, weights, kernel, cap):
+    """Loss, right guesses and d loss / d (product before the cap) of [B, columns] tokens."""
+    raw = jnp.einsum("btd,dv->btv", h, kernel, preferred_element_type=jnp.float32)
+    logits = softcap(raw, cap)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exponent = jnp.exp(logits - top)
+    total = jnp.sum(exponent, axis=-1, keepdims=True)
+    hit = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, :] == targets[..., None]
+    chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    nats = jnp.log(total[..., 0]) + top[..., 0] - chosen
+    dlogits = (exponent / total - hit) * weights[..., None]
+    if cap is not None:
+        dlogits = dlogits * (1 - jnp.square(logits / cap))
+    right = jnp.where(chosen >= top[..., 0], weights, 0.0)
+    return jnp.sum(nats * weights), jnp.sum(right), dlogits.astype(h.dtype)
+
+
+def _over_chunks(add, arrays, columns, start):
+    """Scan `add` over chunks of `columns` along axis 1; a per-token result is joined again to [B, T, ...]."""
+    length = arrays[0].shape[1]
+    if columns >= length:
+        return add(start, arrays)
+    count = -(-length // columns)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, count * columns - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, columns, *x.shape[2:]), 1, 0)
+
+    carry, joined = jax.lax.scan(add, start, tuple(split(x) for x in arrays))
+    if joined is not None:
+        joined = jnp.moveaxis(joined, 0, 1)
+        joined = joined.reshape(joined.shape[0], count * columns, *joined.shape[3:])[:, :length]
+    return carry, joined

@@ -1,0 +1,1 @@
+"""Token mixers: what moves information between positions."""

@@ -1,0 +1,91 @@
+"""Causal softmax attention with rotary positions, grouped key-value heads and a key-value cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import options
+from models.layers.norm import RMSNorm
+from models.mixers import softmax
+from models.mixers.rotary import rotary_table, rotate
+from strata import implementation
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; what all layers share (positions, mask) is prepared once a forward pass."""
+
+    def __init__(self, option: options.Attention, model: options.Model, *, rngs: nnx.Rngs):
+        linear, std = implementation(model.linear), model.init_scale * model.width**-0.5
+        heads, keys, size = model.query_heads, model.key_heads, model.head_units
+        self.heads, self.key_heads, self.head_size = heads, keys, size
+        self.theta, self.window, self.choice = option.rope_theta, option.window, option.implementation
+        self.query = linear(model.linear, model.width, heads * size, axes=("embed", "heads"), std=std, rngs=rngs)
+        self.key = linear(model.linear, model.width, keys * size, axes=("embed", "kv_heads"), std=std, rngs=rngs)
+        self.value = linear(model.linear, model.width, keys * size, axes=("embed", "kv_heads"), std=std, rngs=rngs)
+        self.out = linear(model.linear, heads * size, model.width, axes=("heads", "embed"), std=0.0, rngs=rngs)
+        qk = options.RMSNorm()
+        self.query_norm = RMSNorm(qk, size, axis="head_size", rngs=rngs) if option.qk_norm else None
+        self.key_norm = RMSNorm(qk, size, axis="head_size", rngs=rngs) if option.qk_norm else None
+
+    def prepare(self, length: int, segment_ids: jax.Array | None) -> dict[str, Any]:
+        """What every layer shares: rotary table and mask for positions 0 to length - 1."""
+        positions = jnp.arange(length)
+        mask = softmax.attention_mask(
+            positions, positions, query_segments=segment_ids, key_segments=segment_ids, window=self.window
+        )
+        return {"rotary": rotary_table(positions, self.head_size, self.theta), "mask": mask}
+
+    def __call__(self, x: jax.Array, shared: dict[str, Any]) -> jax.Array:
+        """[B, T, width] -> [B, T, width]."""
+        q, k, v = self._project(x, shared["rotary"])
+        return self._attend(q, k, v, shared["mask"])
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """Keys and values of one layer, [batch, length, key heads, head size] each."""
+        shape = (batch, length, self.key_heads, self.head_size)
+        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+
+    def prepare_step(self, new: int, capacity: int, index: jax.Array, start: jax.Array) -> dict[str, Any]:
+        """As `prepare`, for `new` tokens at positions index, index + 1, ... of a cache.
+
+        Args:
+          new: number of tokens in this step.
+          capacity: positions the cache has room for.
+          index: int32 [], tokens already in the cache.
+          start: int32 [B], first position that belongs to each sequence; earlier ones are padding and never seen.
+        """
+        positions = index + jnp.arange(new)
+        slots = jnp.arange(capacity)
+        mask = softmax.attention_mask(positions, slots, window=self.window)
+        # A padding query sees itself, so that its softmax is defined; nothing reads its output.
+        real = (slots[None, :] >= start[:, None])[:, None, None, :] | (positions[:, None] == slots[None, :])[None, None]
+        return {"rotary": rotary_table(positions, self.head_size, self.theta), "mask": mask & real, "index": index}
+
+    def step(self, x: jax.Array, shared: dict[str, Any], cache: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, n, width] and this layer's cache -> [B, n, width] and the cache with n more positions."""
+        q, k, v = self._project(x, shared["rotary"])
+        place = (0, shared["index"], 0, 0)
+        cache = {
+            "key": jax.lax.dynamic_update_slice(cache["key"], k.astype(cache["key"].dtype), place),
+            "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), place),
+        }
+        return self._attend(q, cache["key"], cache["value"], shared["mask"], decode=True), cache
+
+    def _project(self, x: jax.Array, rotary: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        batch, length, _ = x.shape
+        q = self.query(x).reshape(batch, length, self.heads, self.head_size)
+        k = self.key(x).reshape(batch, length, self.key_heads, self.head_size)
+        v = self.value(x).reshape(batch, length, self.key_heads, self.head_size)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, decode: bool = False) -> jax.Array:
+        # A decode step has a handful of queries against a cache: a fused kernel gains nothing there.
+        name = "xla" if decode else softmax.choose(self.choice, q.dtype, self.head_size)[0]
+        mixed = softmax.IMPLEMENTATIONS[name](q, k, v, mask, causal=not decode)
+        return self.out(mixed.reshape(q.shape[0], q.shape[1], -1))

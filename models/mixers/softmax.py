@@ -1,0 +1,142 @@
+"""Masked softmax attention: the computation alone, in three implementations that must agree.
+
+Every implementation takes q [B, T, H, D], k and v [B, S, G, D] with H a multiple of G (query head h reads key head
+h // (H / G)), and `mask` bool [B or 1, 1, T, S], True where a query may look. All return [B, T, H, D] in the type of q.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from strata import ConfigError
+
+QUERY_BLOCK = 128
+"""Fewest queries of a block in causal attention by XLA; smaller ones cost more in small products than they save."""
+
+MOST_BLOCKS = 8
+"""Most blocks of queries, so that the program does not grow with the sequence."""
+
+
+def attention_mask(
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    query_segments: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
+    window: int | None = None,
+) -> jax.Array:
+    """Causal mask with optional documents and a sliding window.
+
+    Args:
+      queries: int32 [T] positions of the queries.
+      keys: int32 [S] positions of the keys.
+      query_segments: int32 [B, T], or None for one document.
+      key_segments: int32 [B, S]; a query sees only keys of its own document.
+      window: number of latest positions a query sees, its own included.
+
+    Returns:
+      bool [B or 1, 1, T, S].
+    """
+    distance = queries[:, None] - keys[None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    mask = mask[None, None]
+    if query_segments is not None:
+        mask = mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
+    return mask
+
+
+def reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:
+    """The definition, in float32 throughout; slow, and what the others are tested against."""
+    del causal  # in the mask already
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x.astype(jnp.float32), groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest") * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest").astype(q.dtype)
+
+
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:
+    """Products in the type of q with float32 accumulation, softmax in float32.
+
+    With `causal` (positions of queries and keys are the same 0 to T - 1) blocks of queries meet only the keys up to their
+    own end, so that most of the masked half is never computed.
+    """
+    groups, length = q.shape[2] // k.shape[2], q.shape[1]
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    if groups > 1:
+        k, v = jnp.repeat(k, groups, axis=1), jnp.repeat(v, groups, axis=1)
+    if not causal:
+        return jnp.swapaxes(_weighted(q, k, v, mask), 1, 2)
+    block = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+    parts = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        parts.append(_weighted(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask[:, :, start:end, :end]))
+    mixed = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+    return jnp.swapaxes(mixed, 1, 2)
+
+
+@jax.custom_vjp
+def _weighted(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T) v over [B, H, T, D], with the derivative written out: it keeps one array of weights, no more."""
+    return _weighted_forward(q, k, v, mask)[0]
+
+
+def _weighted_forward(q, k, v, mask):
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    exponent = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = (exponent / jnp.sum(exponent, axis=-1, keepdims=True)).astype(q.dtype)
+    mixed = jnp.einsum("bhts,bhsd->bhtd", weights, v)
+    return mixed, (q, k, v, weights, mixed)
+
+
+def _weighted_backward(residual, d_mixed):
+    q, k, v, weights, mixed = residual
+    d_weights = jnp.einsum("bhtd,bhsd->bhts", d_mixed, v, preferred_element_type=jnp.float32)
+    centre = jnp.sum((d_mixed * mixed).astype(jnp.float32), axis=-1, keepdims=True)
+    d_scores = (weights * (d_weights - centre)).astype(q.dtype)
+    # Written as [B, H, D, S] and turned: measured on CPU, a tenth of the step at T = 256 (`benchmarks/step_speed.py`).
+    d_k = jnp.swapaxes(jnp.einsum("bhtd,bhts->bhds", q, d_scores), 2, 3)
+    d_v = jnp.swapaxes(jnp.einsum("bhtd,bhts->bhds", d_mixed, weights), 2, 3)
+    return jnp.einsum("bhts,bhsd->bhtd", d_scores, k), d_k, d_v, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:
+    """cuDNN's fused kernel (never materialises the scores; the mask is passed as it is)."""
+    del causal  # in the mask already
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "cudnn": cudnn}
+
+
+def why_not_cudnn(dtype: jnp.dtype, head_size: int) -> str | None:
+    """The reason why cuDNN attention cannot serve here, or None if it can."""
+    if jax.default_backend() != "gpu":
+        return f"the device is {jax.default_backend()}, not an NVIDIA GPU"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, and train.precision gives {jnp.dtype(dtype).name}"
+    if head_size % 8 or head_size > 256:
+        return f"head size {head_size} is not a multiple of 8 up to 256"
+    return None
+
+
+def choose(name: str, dtype: jnp.dtype, head_size: int) -> tuple[str, str]:
+    """The implementation to use and why.
+
+    Raises:
+      ConfigError: `cudnn` was asked for by name and cannot serve; nothing is replaced in silence.
+    """
+    reason = why_not_cudnn(dtype, head_size)
+    if name == "cudnn" and reason:
+        raise ConfigError(f"model.mixer.implementation = 'cudnn' cannot serve: {reason}; choose auto or xla")
+    if name != "auto":
+        return name, "asked for by name"
+    return ("xla", f"cuDNN cannot serve: {reason}") if reason else ("cudnn", "fused, honours segment masks")

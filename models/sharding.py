@@ -1,0 +1,42 @@
+"""From named axes to mesh axes."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import PartitionSpec
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layer": (),
+    "head_size": (),
+}
+"""Mesh axes that a named axis is split over."""
+
+
+def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """The partition of an array with named axes.
+
+    An axis whose size the mesh axes do not divide is replicated; the dry run shows it.
+    """
+    names = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        over = tuple(name for name in RULES[axis] if names.get(name, 1) > 1) if axis is not None else ()
+        count = 1
+        for name in over:
+            count *= names[name]
+        spec.append((over if len(over) > 1 else over[0]) if over and size % count == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Ask that `x` be laid out by its named axes on the mesh in use; without a mesh nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))

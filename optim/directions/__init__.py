@@ -1,0 +1,1 @@
+"""Directions: from gradients to updates before rate and decay. One file each."""

@@ -1,0 +1,129 @@
+"""Which parameter gets which rule: every parameter exactly one, or the run does not start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+from flax import nnx
+
+import strata
+from optim.options import Optimizer
+from optim.roles import Parameter, parameters
+from strata import ConfigError, Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one group of parameters is updated. A direction's implementation returns one or more of these.
+
+    The implementation of a registered direction is called as `rules(options, roles=..., name=...)` and covers exactly
+    `roles` with groups of its own, or with one group called `name`.
+    """
+
+    name: str  # of the group
+    roles: tuple[str, ...]  # parameters of these roles belong to it
+    direction: Callable[[Mapping[str, Parameter]], optax.GradientTransformation]
+    # From the parameters of the group by path to a transformation over the dict of their arrays by path, from gradients to
+    # updates of positive sign, before rate and decay.
+    learning_rate: float  # peak; the schedule multiplies it
+    weight_decay: float  # decoupled; the rate multiplies it
+    decay_roles: tuple[str, ...]
+    newton_schulz: Callable[[Parameter], str] = lambda parameter: ""  # its configuration in words, for the table
+
+    def decay_of(self, parameter: Parameter) -> float:
+        """Weight decay of one parameter."""
+        return self.weight_decay if parameter.role in self.decay_roles else 0.0
+
+
+class Assignment(NamedTuple):
+    """One row of the table: a parameter and how it is updated."""
+
+    path: str
+    shape: tuple[int, ...]
+    role: str
+    layers: int  # stacked layers; 1 without a "layer" axis
+    rule: str  # name of the group
+    learning_rate_multiplier: float  # of the group's rate
+    learning_rate: float  # peak, multiplier included
+    weight_decay: float
+    newton_schulz: str  # such as "jordan x5 gram"; empty without
+
+
+def resolved(config: Optimizer | Mapping[str, Any] | Any) -> Optimizer:
+    """The options of an optimizer from an `Optimizer`, a dict or a `ConfigDict`.
+
+    Raises:
+      ConfigError: with every mistake in it.
+    """
+    if isinstance(config, Optimizer):
+        config = strata.to_tree(config)
+    elif hasattr(config, "to_dict"):
+        config = config.to_dict()
+    value, found = strata.resolve(Optimizer, config, "optimizer")
+    if found.problems:
+        raise ConfigError(found.problems, source="the optimizer's config")
+    return value
+
+
+def rules_of(optimizer: Optimizer) -> tuple[Rule, ...]:
+    """The rules of a recipe, the group of matrices first where there are several."""
+    return strata.implementation(optimizer.direction)(optimizer.direction)
+
+
+def assign(rules: tuple[Rule, ...], declared: Mapping[str, Parameter]) -> dict[str, Rule]:
+    """The one rule of each parameter by path.
+
+    Raises:
+      ConfigError: naming every parameter that no rule or several rules cover, and every first rule that covers none.
+    """
+    chosen: dict[str, Rule] = {}
+    problems: list[Problem] = []
+    for path, parameter in declared.items():
+        fits = [rule for rule in rules if parameter.role in rule.roles]
+        if len(fits) == 1:
+            chosen[path] = fits[0]
+        elif not fits:
+            covered = ", ".join(role for rule in rules for role in rule.roles)
+            problems.append(Problem(path, f"no rule covers role {parameter.role!r}; covered: {covered}", has_value=False))
+        else:
+            names = " and ".join(repr(rule.name) for rule in fits)
+            problems.append(Problem(path, f"role {parameter.role!r} is covered by the rules {names}", has_value=False))
+    # A model may consist of matrices alone, but a direction chosen for matrices that meets none is a mistake.
+    if not problems and rules[0] not in chosen.values():
+        roles = ", ".join(rules[0].roles)
+        message = f"rule {rules[0].name!r} matches no parameter: the model has none of role {roles}"
+        problems.append(Problem("optimizer.direction", message, has_value=False))
+    if problems:
+        raise ConfigError(problems, source="the assignment of optimizer rules to parameters")
+    return chosen
+
+
+def assignment(optimizer_config: Optimizer | Mapping[str, Any] | Any, model: nnx.Module | nnx.State) -> list[Assignment]:
+    """One row for every parameter of `model`, in the order of its state.
+
+    Args:
+      optimizer_config: as in `optim.build`.
+      model: as in `optim.build`; the abstract form is enough.
+
+    Raises:
+      ConfigError: as in `optim.build`.
+    """
+    declared = parameters(model)
+    chosen = assign(rules_of(resolved(optimizer_config)), declared)
+    return [
+        Assignment(
+            path=path,
+            shape=parameter.shape,
+            role=parameter.role,
+            layers=parameter.layers,
+            rule=chosen[path].name,
+            learning_rate_multiplier=1.0,
+            learning_rate=chosen[path].learning_rate,
+            weight_decay=chosen[path].decay_of(parameter),
+            newton_schulz=chosen[path].newton_schulz(parameter),
+        )
+        for path, parameter in declared.items()
+    ]

@@ -1,0 +1,65 @@
+"""Components by kind and name, each with its options class and the place of its implementation.
+
+Options classes live in modules that import no JAX; the implementation is named as `"module:callable"` and imported
+only when it is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+_components: dict[str, dict[str, type]] = {}
+
+
+def register(kind: str, name: str, *, implementation: str | None = None) -> Callable[[type], type]:
+    """Class decorator that puts an options class under `kind` and `name`.
+
+    Args:
+      kind: a dotted kind such as `"model.norm"` or `"optimizer.direction"`.
+      name: the value of the leaf `name` that chooses it.
+      implementation: `"module:callable"`; None if the options alone say everything.
+
+    Raises:
+      ValueError: another class already has this kind and name, or a field hides what is set here.
+    """
+
+    def add(cls: type) -> type:
+        taken = {"kind", "name", "implemented_by"} & set(getattr(cls, "__dataclass_fields__", ()))
+        if taken:
+            raise ValueError(f"{cls.__qualname__} has fields named {sorted(taken)}, which the registry sets on the class")
+        known = _components.setdefault(kind, {})
+        other = known.get(name)
+        # A module run twice under one name (`python -m`, reload) registers the same class again: the newer one counts.
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{kind} {name!r} is registered by both {other.__module__} and {cls.__module__}")
+        cls.kind, cls.name, cls.implemented_by = kind, name, implementation
+        known[name] = cls
+        return cls
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of a kind, sorted."""
+    return sorted(_components.get(kind, {}))
+
+
+def lookup(kind: str, name: str) -> type:
+    """The options class of a component; it carries `kind`, `name` and `implemented_by`. Raises `LookupError` with the nearest names."""
+    try:
+        return _components[kind][name]
+    except KeyError:
+        near = difflib.get_close_matches(name, names(kind), n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise LookupError(f"no {kind} is named {name!r}{hint} Registered: {', '.join(names(kind))}") from None
+
+
+def implementation(component: Any) -> Callable[..., Any]:
+    """Import and return the implementation of an options object or class."""
+    if component.implemented_by is None:
+        raise LookupError(f"{component.kind} {component.name!r} has no implementation to import")
+    module, _, attribute = component.implemented_by.partition(":")
+    return getattr(importlib.import_module(module), attribute)

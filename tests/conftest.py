@@ -1,0 +1,25 @@
+"""Shared by all tests: CPU only, one compilation cache, rank promotion an error."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Child processes read this too, so that every test and every command it starts shares what was compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"strata-test-cache-{os.getuid()}"))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from trainer.devices import use_compilation_cache  # noqa: E402
+
+use_compilation_cache()
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root() -> Path:
+    """The directory that holds the packages and `configs/`."""
+    return ROOT

@@ -1,0 +1,176 @@
+"""Newton-Schulz applies one scalar polynomial to the singular values and leaves everything else alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optim
+from optim.directions.newton_schulz import SCHEMES, gram_is_cheaper, newton_schulz_leaves, polynomials, scalar_map
+
+shapes = [(16, 16), (12, 20), (20, 12), (8, 40), (40, 8), (1, 7), (3, 12, 30), (2, 2, 10, 6)]
+
+
+def gaussian(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def with_spectrum(s: np.ndarray, columns: int, seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    u, _ = np.linalg.qr(rng.normal(size=(len(s), len(s))))
+    v, _ = np.linalg.qr(rng.normal(size=(columns, len(s))))
+    return jnp.asarray((u * s) @ v.T, jnp.float32)
+
+
+def singular_values(x: jax.Array) -> np.ndarray:
+    return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+
+
+def normalised(x: jax.Array) -> np.ndarray:
+    s = singular_values(x)
+    return s / np.sqrt((s**2).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", shapes)
+def test_singular_values_follow_the_scalar_polynomial(scheme, shape):
+    x = gaussian(*shape)
+    expected = np.sort(scalar_map(normalised(x), scheme))
+    np.testing.assert_allclose(np.sort(singular_values(optim.newton_schulz(x, scheme))), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
+def test_any_number_of_steps_follows_the_scalar_polynomial(steps):
+    x = gaussian(10, 30)
+    expected = np.sort(scalar_map(normalised(x), "jordan", steps))
+    for form in ("plain", "gram"):
+        found = np.sort(singular_values(optim.newton_schulz(x, "jordan", steps, form=form)))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "spectrum",
+    [np.logspace(0, -3, 24), np.logspace(0, -6, 24), np.r_[1, 1e-3 * np.ones(23)]],
+    ids=["three decades", "six decades", "one large value"],
+)
+def test_the_gram_form_equals_the_plain_one_on_hard_spectra(scheme, spectrum):
+    x = with_spectrum(spectrum, 60)
+    plain, gram = (optim.newton_schulz(x, scheme, form=form) for form in ("plain", "gram"))
+    # Ten steps amplify float32 rounding of the smallest directions by their slope of 8e4, in both forms.
+    np.testing.assert_allclose(gram, plain, atol=3e-4 if scheme == "deepseek" else 3e-5)
+
+
+def test_the_gram_form_stays_finite_on_a_singular_matrix():
+    x = with_spectrum(np.r_[np.ones(4), np.zeros(20)], 60)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found = singular_values(optim.newton_schulz(x, "deepseek", form="gram", dtype=dtype))
+        np.testing.assert_allclose(found[:4], 1.0, atol=0.03)
+        assert found[4:].max() < 1.1
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 30), (3, 30, 12), (2, 2, 8, 8)])
+def test_a_batch_equals_its_matrices_one_by_one(shape):
+    x = gaussian(*shape)
+    flat = x.reshape(-1, *shape[-2:])
+    single = jnp.stack([optim.newton_schulz(matrix) for matrix in flat]).reshape(shape)
+    np.testing.assert_allclose(optim.newton_schulz(x), single, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(optim.newton_schulz)(flat).reshape(shape), single, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (9, 9), (2, 12, 14)])
+def test_the_transpose_commutes(shape):
+    x = gaussian(*shape)
+    np.testing.assert_allclose(optim.newton_schulz(x.mT), optim.newton_schulz(x).mT, atol=2e-6)
+
+
+def test_rotations_commute():
+    x = gaussian(10, 24)
+    p, _ = np.linalg.qr(np.asarray(gaussian(10, 10, seed=1)))
+    r, _ = np.linalg.qr(np.asarray(gaussian(24, 24, seed=2)))
+    np.testing.assert_allclose(optim.newton_schulz(p @ x @ r), p @ optim.newton_schulz(x) @ r, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6])
+def test_the_scale_of_the_input_does_not_matter(scale):
+    x = gaussian(10, 24)
+    np.testing.assert_allclose(optim.newton_schulz(scale * x), optim.newton_schulz(x), atol=2e-6)
+
+
+def test_zero_stays_zero():
+    assert not np.any(optim.newton_schulz(jnp.zeros((2, 4, 6))))
+    assert optim.newton_schulz(jnp.zeros((0, 4, 6))).shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "low", "high"), [("jordan", 0.68, 1.21), ("you5", 0.69, 1.15), ("polar_express", 0.69, 1.15)]
+)
+def test_five_steps_reach_the_band_from_1p6e_3(scheme, low, high):
+    s = np.geomspace(1.6e-3, 1, 20_000)
+    assert low < scalar_map(s, scheme).min() and scalar_map(s, scheme).max() < high
+
+
+def test_you6_never_exceeds_one():
+    assert scalar_map(np.linspace(0, 1, 20_001), "you6").max() < 1
+
+
+def test_slopes_at_zero_are_those_of_the_reference_table():
+    for scheme, slope in (("jordan", 485), ("you5", 493), ("you6", 1138), ("polar_express", 990), ("deepseek", 7.9e4)):
+        assert np.prod([a for a, _, _ in SCHEMES[scheme]]) == pytest.approx(slope, rel=6e-3)
+
+
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize(
+    ("scheme", "low", "high"), [("jordan", 0.65, 1.23), ("you5", 0.95, 1.09), ("polar_express", 0.79, 1.18)]
+)
+def test_bfloat16_inside_stays_near_the_band(scheme, low, high, form):
+    x = gaussian(32, 128)
+    y = optim.newton_schulz(x, scheme, dtype=jnp.bfloat16, form=form)
+    found = singular_values(y)
+    assert y.dtype == jnp.float32
+    assert low < found.min() and found.max() < high
+
+
+def test_leaves_of_one_shape_batched_together_equal_each_by_itself():
+    leaves = [gaussian(*shape, seed=i) for i, shape in enumerate([(3, 6, 10), (10, 6), (6, 6), (2, 1, 6, 10), (6, 6)])]
+    apart = newton_schulz_leaves(leaves, group=False)
+    together = newton_schulz_leaves(leaves, group=True)
+    assert [x.shape for x in together] == [x.shape for x in leaves]
+    for one, other in zip(apart, together, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_the_gram_form_is_chosen_beyond_three_to_two():
+    assert [gram_is_cheaper(64, n, 5) for n in (64, 96, 97, 256)] == [False, False, True, True]
+    assert gram_is_cheaper(256, 64, 5) and not gram_is_cheaper(64, 256, 1)
+
+
+def test_steps_repeat_what_can_be_repeated():
+    assert polynomials("jordan", 7) == (SCHEMES["jordan"][0],) * 7
+    assert polynomials([(2, -1.5, 0.5)], 4) == ((2.0, -1.5, 0.5),) * 4
+    assert polynomials("polar_express", 7)[4:] == (SCHEMES["polar_express"][4],) * 3
+    assert len(polynomials("deepseek")) == 10
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "sentence"),
+    [
+        ("jordna", None, "known: jordan"),
+        ("you6", 5, "steps=6 or None"),
+        ("polar_express", 3, "steps=5 or None"),
+        ([(2, -1.5, 0.5), (2, -1.5, 0.4)], 5, "steps=2 or None"),
+        ([(1.0, 2.0)], None, "list of \\(a, b, c\\)"),
+        ([], None, "list of \\(a, b, c\\)"),
+        ("jordan", 0, "at least one step"),
+    ],
+)
+def test_impossible_coefficients_are_refused(coefficients, steps, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        optim.newton_schulz(gaussian(3, 4), coefficients, steps)
+
+
+def test_a_vector_is_refused():
+    with pytest.raises(ValueError, match="matrices"):
+        optim.newton_schulz(jnp.ones(3))

@@ -1,0 +1,171 @@
+"""Options: every mistake is found, at once, with its path, its value and what was expected."""
+
+import dataclasses
+
+import pytest
+
+from strata import lookup, option, options, part, parts, register, resolve, section, to_tree
+from strata.registry import _components
+from strata.values import Mismatch, Text, coerce
+
+
+@register("test.paint", "gloss")
+@options
+class Gloss:
+    """Shiny."""
+
+    layers: int = option(2, "coats", least=1, most=9)
+    tint: float | None = option(None, "share of colour", least=0, most=1)
+
+
+@register("test.paint", "matt")
+@options
+class Matt:
+    """Dull."""
+
+    layers: int = option(1, "coats", least=1)
+    grain: str = option("fine", "of the powder", among=("fine", "coarse"))
+
+
+@options
+class Wall:
+    """A wall."""
+
+    height: float = option(2.5, "metres", above=0)
+    paint: object = part("test.paint", "gloss", "what covers it")
+    under: object = part("test.paint", None, "what lies below")
+    stripes: tuple = parts("test.paint", "more paints")
+    sizes: tuple[int, ...] = option((), "of stripes, in metres", above=0)
+
+    def problems(self):
+        """A wall is not all paint."""
+        if self.height < self.paint.layers:
+            yield "height", f"{self.paint.layers} layers are higher than the wall"
+
+
+@options
+class House:
+    """A house."""
+
+    wall: Wall = section(Wall, "its wall")
+    number: int = option(1, "in the street", key="cosmetic")
+
+
+def problems(cls, tree):
+    return {problem.path: str(problem) for problem in resolve(cls, tree)[1].problems}
+
+
+def test_an_empty_tree_gives_the_defaults():
+    house, found = resolve(House, {})
+    assert house == House() and not found.problems
+    assert isinstance(house.wall.paint, Gloss) and house.wall.under is None
+    assert {"wall.height", "wall.paint.name", "wall.paint.layers", "number"} <= set(found.filled)
+
+
+def test_options_are_frozen_and_hashable():
+    house = House()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        house.number = 2
+    assert hash(house) == hash(House())
+
+
+def test_all_mistakes_are_reported_at_once_with_full_paths():
+    tree = {
+        "nmber": 3,
+        "number": "x",
+        "wall": {"hieght": 1, "height": -1.0, "paint": {"name": "gloss", "layers": 1.5, "grain": "fine"}, "under": {"name": "mat"}},
+    }
+    found = problems(House, tree)
+    assert set(found) == {
+        "nmber", "number", "wall.hieght", "wall.height", "wall.paint.layers", "wall.paint.grain", "wall.under.name",
+    }  # fmt: skip
+    assert "did you mean number" in found["nmber"] and "did you mean wall.height" in found["wall.hieght"]
+    assert "above 0" in found["wall.height"] and "-1.0" in found["wall.height"]
+    assert "expected an integer, at least 1, at most 9" in found["wall.paint.layers"] and "1.5" in found["wall.paint.layers"]
+    assert "field of matt" in found["wall.paint.grain"]
+    assert "did you mean matt" in found["wall.under.name"]
+
+
+def test_a_problem_names_the_file_and_line_that_define_the_field():
+    text = problems(House, {"wall": {"height": 0}})["wall.height"]
+    place = text.partition("defined in ")[2].rstrip(")")
+    name, line = place.rsplit(":", 1)
+    assert name.endswith("test_resolve.py")
+    with open(__file__) as file:
+        assert "height: float" in file.readlines()[int(line) - 1]
+
+
+def test_combinations_are_checked_beside_a_misspelt_neighbour():
+    assert set(problems(House, {"wall": {"colour": 1, "height": 0.5}})) == {"wall.colour", "wall.height"}
+
+
+def test_combinations_are_not_checked_against_stand_ins_for_wrong_values():
+    assert set(problems(House, {"wall": {"height": 0.5, "paint": {"layers": 99}}})) == {"wall.paint.layers"}
+
+
+def test_a_component_without_a_dict_is_told_how_to_choose():
+    assert "wall.paint.name = 'matt'" in problems(House, {"wall": {"paint": "matt"}})["wall.paint"]
+
+
+def test_lists_of_components_and_their_indices():
+    house, _ = resolve(House, {"wall": {"stripes": [{"name": "matt"}, {"name": "gloss", "layers": 3}]}})
+    assert house.wall.stripes == (Matt(), Gloss(layers=3))
+    assert set(problems(House, {"wall": {"stripes": [{"name": "matt"}, {"name": "gloss", "layer": 3}]}})) == {"wall.stripes.1.layer"}
+
+
+def test_bounds_hold_for_each_element_of_a_list():
+    assert set(problems(House, {"wall": {"sizes": [1, 0]}})) == {"wall.sizes"}
+
+
+def test_to_tree_and_back_is_the_identity():
+    tree = {"number": 4, "wall": {"paint": {"name": "matt", "grain": "coarse"}, "under": {"name": "gloss"}, "sizes": [3, 2]}}
+    house, _ = resolve(House, tree)
+    again, found = resolve(House, to_tree(house))
+    assert again == house and to_tree(again) == to_tree(house) and not found.filled
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("1e3", int, 1000), ("10_000", int, 10000), ("2.0", int, 2), ("-3", int, -3), ("2", float, 2.0), ("1_0.5", float, 10.5),
+        ("none", int | None, None), ("None", str | None, None), ("none", str, "none"), ("true", bool, True), ("0", bool, False),
+        ("a b", str, "a b"), ("'1'", str, "1"), ("1,2", tuple[int, ...], (1, 2)), ("[1e3]", tuple[int, ...], (1000,)),
+        ("(1, 2)", tuple[int, ...], (1, 2)), ("a,b", tuple[str, ...], ("a", "b")), ("5", tuple[int, ...], (5,)), ("[]", tuple[str, ...], ()),
+        ('{"a": [1]}', dict | None, {"a": [1]}), ("inf", float, float("inf")),
+    ],
+)  # fmt: skip
+def test_command_line_words_become_typed_values(text, hint, value):
+    found = coerce(Text(text), hint)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (Text("1.5"), int), (Text("x"), int), (Text("nan"), float), (Text("maybe"), bool), (True, int), (1, bool), ("3", int),
+        (3, str), (None, int), ("ab", tuple[int, ...]), (1.5, int), ([1], dict), (float("nan"), float),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(value, hint):
+    with pytest.raises(Mismatch):
+        coerce(value, hint)
+
+
+def test_a_name_is_registered_once_and_fields_cannot_hide_it():
+    with pytest.raises(ValueError, match="registered by both"):
+        register("test.paint", "matt")(Gloss)
+    with pytest.raises(ValueError, match="name"):
+
+        @register("test.paint", "odd")
+        @options
+        class Odd:
+            """Hides the registry's name."""
+
+            name: str = option("x", "hidden")
+
+    assert "odd" not in _components["test.paint"]
+
+
+def test_lookup_suggests_the_nearest_name():
+    with pytest.raises(LookupError, match="did you mean gloss"):
+        lookup("test.paint", "glos")

@@ -1,0 +1,231 @@
+"""The config: files, overrides, notes, archives, identity. No test here needs JAX."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from strata import ConfigError
+from trainer import config as configuration
+from trainer.cli import parse
+from trainer.config import canonical_json, compare, config_hash, load, run_id
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="x.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+BASE = """
+from ml_collections import ConfigDict
+def get_config(arg=""):
+    c = ConfigDict()
+    c.optimizer = dict(direction=dict(name="adamw", learning_rate=1e-3, b2=0.99))
+    c.model = dict(width=64, heads=4, layers=int(arg or 2))
+    return c
+"""
+
+
+def fails(source, *changes):
+    with pytest.raises(ConfigError) as caught:
+        load(source, changes)
+    return str(caught.value)
+
+
+def test_a_config_file_with_an_argument(write):
+    assert load(write(BASE)).config.model.layers == 2
+    assert load(write(BASE) + ":7").config.model.layers == 7
+
+
+def test_one_config_imports_another_beside_it(write):
+    write(BASE, "base_config_for_test.py")
+    path = write(
+        "import base_config_for_test\ndef get_config(arg=''):\n"
+        "    c = base_config_for_test.get_config(arg)\n    c.model.width = 128\n    return c\n",
+        "child.py",
+    )
+    assert load(path).config.model.width == 128
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("train.steps", "1e3", 1000),
+        ("train.steps", "10_000", 10_000),
+        ("model.kv_heads", "2", 2),
+        ("model.head_size", "none", None),
+        ("optimizer.clip_norm", "None", None),
+        ("data.seed", "5", 5),
+        ("log.profile", "3,5", (3, 5)),
+        ("model.tie_embeddings", "true", True),
+    ],
+)
+def test_overrides_of_every_kind(write, path, text, value):
+    found = load(write(BASE), [(path, text)]).config
+    for step in path.split("."):
+        found = getattr(found, step)
+    assert found == value
+
+
+def test_a_nested_typo_gets_its_path_and_a_suggestion(write):
+    text = fails(write(BASE), ("optimizer.direction.learning_rat", "1"))
+    assert "optimizer.direction.learning_rat" in text and "did you mean optimizer.direction.learning_rate" in text
+    assert "optim/options.py:" in text
+
+
+def test_every_mistake_is_listed(write):
+    text = fails(write(BASE), ("model.layers", "1.5"), ("trian.steps", "3"), ("optimizer.schedule.name", "cosin"), ("seed", "-1"))
+    for path in ("model.layers", "trian", "optimizer.schedule.name", "seed"):
+        assert f"  {path}" in text
+    assert text.startswith("4 problems")
+
+
+def test_choosing_another_component_says_what_no_longer_applies(write):
+    loaded = load(write(BASE), [("optimizer.direction.name", "muon")])
+    assert loaded.config.optimizer.direction.name == "muon"
+    note = " ".join(loaded.notes)
+    assert "no longer applies: b2=0.99" in note and "kept from the config: learning_rate=0.001" in note
+
+
+def test_choosing_another_component_revalidates_its_fields(write):
+    text = fails(write(BASE), ("optimizer.direction.name", "muon"), ("optimizer.direction.b2", "0.9"))
+    assert "optimizer.direction.b2" in text and "it is a field of adamw" in text
+    assert load(write(BASE), [("optimizer.direction.rest.b2", "0.9"), ("optimizer.direction.name", "muon")])
+
+
+def test_an_override_without_a_config_explains_itself():
+    with pytest.raises(ConfigError, match="--config.x=1 overrides a field of a config, but there is no config"):
+        parse(["--config.x=1"])
+
+
+def test_unknown_flags_are_listed_with_suggestions():
+    with pytest.raises(ConfigError, match="did you mean --workdir"):
+        parse(["--config", "x", "--workdri=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(arg=''):\n    return 1 / 0\n", "x.py:2 raised ZeroDivisionError"),
+        ("def get_config(:\n", "x.py:1 raised SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "raised SystemExit"),
+        ("x = 1\n", "defines no function get_config"),
+        ("def get_config(arg=''):\n    return 3\n", "returned int"),
+        ("def get_config():\n    return dict(model=dict(width=object()))\n", "not data"),
+    ],
+)
+def test_a_config_that_raises_is_one_sentence(write, text, words):
+    assert words in fails(write(text))
+
+
+def test_missing_files_suggest_neighbours(write, tmp_path):
+    write(BASE, "tiny.py")
+    assert "did you mean" in fails(str(tmp_path / "tinny.py"))
+    assert "does not exist" in fails(str(tmp_path / "elsewhere" / "q.py"))
+
+
+def test_print_config_is_runnable_and_a_fixed_point(write, root):
+    command = [sys.executable, "-m", "trainer", "--print_config", "--config"]
+    once = subprocess.run([*command, write(BASE)], cwd=root, capture_output=True, check=True).stdout
+    twice = subprocess.run([*command, write(once.decode(), "x.json")], cwd=root, capture_output=True, check=True)
+    assert twice.stdout == once and twice.stderr == b""
+
+
+def test_validation_imports_no_jax(write, root):
+    script = (
+        "import sys; from trainer.cli import main\n"
+        "for flag in ('--validate', '--print_config'):\n    main(['--config', sys.argv[1], flag])\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('jax', 'flax', 'optax', 'orbax', 'grain')], 'imports JAX'"
+    )
+    subprocess.run([sys.executable, "-c", script, write(BASE)], cwd=root, check=True, capture_output=True)
+
+
+def test_an_archive_of_an_older_version_lists_every_default_added_since(write):
+    tree = json.loads(canonical_json(load(write(BASE)).config))
+    del tree["model"]["logit_softcap"], tree["train"]["skip_limit"], tree["optimizer"]["schedule"]["final"]
+    loaded = load(write(json.dumps(tree), "config.json"))
+    assert len(loaded.notes) == 1
+    for line in ("model.logit_softcap = null", "train.skip_limit = 20", "optimizer.schedule.final = 0.1"):
+        assert line in loaded.notes[0]
+    assert load(write(BASE)).notes == ()
+
+
+def test_derived_sizes_follow_the_width(write):
+    for width in (64, 128, 256):
+        assert load(write(BASE), [("model.width", str(width))]).config.model.head_units == width // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([("model.heads", "5")], "5 heads do not divide width 64"),
+        ([("model.kv_heads", "3")], "do not divide 4 query heads"),
+        ([("data.batch_size", "6"), ("mesh.data", "4")], "do not divide over mesh.data x mesh.fsdp = 4"),
+        ([("train.accumulation", "3")], "3 micro-batches do not divide data.batch_size 16"),
+        ([("mesh.data", "0")], "at least one device"),
+        ([("log.profile", "3")], "expected two steps"),
+    ],
+)
+def test_impossible_combinations_are_refused(write, changes, words):
+    assert words in fails(write(BASE), *changes)
+
+
+def test_plugins_register_components_and_are_checked_alike(write, tmp_path, monkeypatch):
+    (tmp_path / "my_parts_for_test.py").write_text(
+        "from strata import option, options, register\n"
+        "@register('model.norm', 'mine_for_test', implementation='models.layers.norm:RMSNorm')\n@options\nclass Mine:\n"
+        "    epsilon: float = option(1e-3, 'small', above=0)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugin = ("plugins", "my_parts_for_test")
+    assert load(write(BASE), [plugin, ("model.norm.name", "mine_for_test")]).config.model.norm.epsilon == 1e-3
+    assert "model.norm.epsilon" in fails(write(BASE), plugin, ("model.norm.name", "mine_for_test"), ("model.norm.epsilon", "0"))
+    assert "importing no_such_module raised" in fails(write(BASE), ("plugins", "no_such_module"))
+
+
+def test_the_run_id_is_the_hash_of_semantic_keys_and_the_seed(write):
+    def config(*changes):
+        return load(write(BASE), changes).config
+
+    base = config()
+    assert run_id(base) == f"{config_hash(base)}-s0"
+    assert run_id(config(("seed", "3"))) == f"{config_hash(base)}-s3"
+    for change in (("mesh.data", "2"), ("train.remat", "full"), ("log.every", "7"), ("checkpoint.keep_latest", "5"), ("data.workers", "2")):
+        assert config_hash(config(change)) == config_hash(base), change
+    for change in (("model.width", "128"), ("train.steps", "7"), ("train.precision", "bfloat16"), ("data.seed", "0")):
+        assert config_hash(config(change)) != config_hash(base), change
+
+
+def test_steps_belong_to_the_id_only_where_the_schedule_depends_on_them(write):
+    constant = ("optimizer.schedule.name", "constant")
+    short, long = (load(write(BASE), [constant, ("train.steps", steps)]).config for steps in ("10", "20"))
+    assert run_id(short) == run_id(long)
+
+
+def test_compare_gives_key_classes(write):
+    one, two = load(write(BASE)).config, load(write(BASE), [("mesh.data", "2"), ("model.norm.name", "layer_norm")]).config
+    found = {difference.path: difference.key for difference in compare(one, two)}
+    assert found["mesh.data"] == "execution" and found["model.norm.name"] == "semantic" and "model.norm.bias" in found
+
+
+def test_every_config_in_the_repository_is_valid_and_says_how_to_run_it(root):
+    paths = sorted((root / "configs").glob("[!_]*.py"))
+    assert paths
+    for path in paths:
+        loaded = configuration.load(str(path))
+        assert loaded.config and f"configs/{path.name}" in path.read_text().split('"""')[1]
+
+
+def test_fields_lists_the_whole_tree_and_any_part():
+    from trainer.config.fields import describe_fields
+
+    assert "train.steps: an integer, at least 1, default 1000 [semantic]" in describe_fields()
+    assert "optimizer.direction.muon" in describe_fields("optimizer.direction")
+    with pytest.raises(ConfigError, match="the fields are"):
+        describe_fields("model.nothing")

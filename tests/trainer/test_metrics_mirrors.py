@@ -1,0 +1,171 @@
+"""Mirrors can be rebuilt from metrics.jsonl, need no account, and are imported only when asked for."""
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from strata import ConfigError
+from trainer.metrics import MetricsWriter, read_metrics
+from trainer.metrics import tensorboard_mirror as tensorboard
+from trainer.metrics import wandb_mirror as wandb_mirror
+from trainer.metrics.wandb_mirror import WandbMirror, resolve_mode
+
+
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def history(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "split": "train", "loss": 1 / step, "timing": {"step_seconds": 0.5, "mfu": None}})
+        writer.write({"step": 3, "split": "val", "loss": 0.125})
+    return path
+
+
+def test_automatic_is_offline_without_an_account_and_online_with_one(no_account, monkeypatch):
+    assert resolve_mode("auto") == "offline"
+    (no_account / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert resolve_mode("auto") == "online"
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline", "online"])
+def test_a_named_mode_is_taken_as_it_is(no_account, mode):
+    assert resolve_mode(mode) == mode
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="'on' is not one of"):
+        resolve_mode("on")
+
+
+def test_disabled_imports_no_wandb():
+    code = (
+        "import sys; from trainer.metrics.wandb_mirror import WandbMirror\n"
+        "m = WandbMirror('.', mode='disabled', run_id='a', project='p'); m.write({'step': 1, 'split': 'train'}); m.close()\n"
+        "sys.exit('wandb' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
+
+
+class Recorder:
+    """Stands where wandb would, and keeps what it is told."""
+
+    def __init__(self, monkeypatch, directory):
+        self.logged, self.started, self.finished, self.summary, self.resumed = [], [], [], {}, False
+        self.dir = str(directory / "wandb" / "run" / "files")
+        self.url = "somewhere"
+        monkeypatch.setitem(sys.modules, "wandb", self)
+
+    def Settings(self, **rest):  # noqa: N802
+        return rest
+
+    def init(self, **rest):
+        self.started.append(rest)
+        return self
+
+    def define_metric(self, *names, **rest):
+        pass
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self, exit_code):
+        self.finished.append(exit_code)
+
+
+def test_rows_are_sent_with_a_step_of_their_own_split(no_account, history, monkeypatch):
+    recorder = Recorder(monkeypatch, no_account)
+    wandb_mirror.rebuild(history, no_account, mode="online", run_id="abc-s0", project="p", group="g")
+    assert recorder.logged[0] == {"train/step": 1, "train/loss": 1.0, "timing/step_seconds": 0.5}
+    assert recorder.logged[-1] == {"val/step": 3, "val/loss": 0.125}
+    started = recorder.started[0]
+    assert (started["id"], started["resume"], started["project"], started["group"]) == ("abc-s0", "allow", "p", "g")
+    assert recorder.finished == [0]
+
+
+def test_a_restart_online_does_not_send_a_step_twice(no_account, history, monkeypatch):
+    recorder = Recorder(monkeypatch, no_account)
+    recorder.resumed, recorder.summary = True, {"train/step": 2}
+    with WandbMirror(no_account, mode="online", run_id="abc-s0", project="p", history=history) as mirror:
+        for row in read_metrics(history):
+            mirror.write(row)
+    assert [sorted(values)[-1] for values in recorder.logged] == ["train/step", "val/step"]
+    assert [values.get("train/step") for values in recorder.logged] == [3, None]
+
+
+def test_a_run_that_failed_is_marked_as_failed(no_account, monkeypatch):
+    recorder = Recorder(monkeypatch, no_account)
+    with pytest.raises(RuntimeError), WandbMirror(no_account, mode="online", run_id="a", project="p"):
+        raise RuntimeError
+    assert recorder.finished == [1]
+
+
+def test_offline_needs_no_account_and_a_restart_leaves_one_complete_run(no_account, history):
+    code = (
+        "import sys; from trainer.metrics.wandb_mirror import WandbMirror\n"
+        "m = WandbMirror(sys.argv[1], mode='auto', run_id='abc-s0', project='p', history=sys.argv[2] or None)\n"
+        "m.write({'step': 4, 'split': 'train', 'loss': 0.25}); print(m.mode, m.url); m.close()"
+    )
+    sizes = []
+    for past in ("", str(history), str(history)):
+        command = [sys.executable, "-c", code, str(no_account), past]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "offline None\n"
+        runs = list((no_account / "wandb").glob("offline-run-*-abc-s0"))
+        assert len(runs) == 1
+        data = (runs[0] / "run-abc-s0.wandb").read_bytes()
+        sizes.append((data.count(b"train/loss"), data.count(b"val/loss")))
+    assert sizes[0][1] == 0 and sizes[1][1] > 0 and sizes[2] == sizes[1] and sizes[1][0] > sizes[0][0]
+
+
+def scalars_in(directory) -> list:
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401
+
+    found = []
+    for path in sorted(directory.glob("events*")):
+        data, position = path.read_bytes(), 0
+        while position < len(data):  # length (8), its checksum (4), event, checksum (4)
+            length = int.from_bytes(data[position : position + 8], "little")
+            event = event_pb2.Event.FromString(data[position + 12 : position + 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            position += 16 + length
+    return found
+
+
+def test_tensorboard_holds_every_number_of_the_rows(tmp_path, history):
+    pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
+    tensorboard.rebuild(history, tmp_path)
+    tensorboard.rebuild(history, tmp_path)  # a second time gives the same, not twice as much
+    found = scalars_in(tmp_path / "tensorboard")
+    assert (1, "train/loss", 1.0) in found and (3, "val/loss", 0.125) in found and (2, "timing/step_seconds", 0.5) in found
+    assert len(found) == 3 * 2 + 1
+
+
+def test_a_missing_tensorboard_names_the_extra(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("tensorboardX"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"\.\[tensorboard\]"):
+        tensorboard.TensorBoardMirror(tmp_path)

@@ -1,0 +1,322 @@
+"""A run: what it writes, and that an interrupted one ends exactly as an uninterrupted one."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import trainer
+from strata import ConfigError, Diverged, Preempted, StrataError
+from trainer import loop, signals
+from trainer.metrics import read_metrics
+
+
+def rows(directory):
+    """Rows without what may differ between two runs."""
+    return [{key: value for key, value in row.items() if key != "timing"} for row in read_metrics(Path(directory) / "metrics.jsonl")]
+
+
+def final(directory):
+    """Parameters at the last step."""
+    return trainer.load(directory).params
+
+
+def same(one, two):
+    """Whether two pytrees are equal bit for bit."""
+    equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), one, two)
+    return all(jax.tree.leaves(equal))
+
+
+class Killed(Exception):
+    """Stands for a process that is gone."""
+
+
+def interrupt_after(monkeypatch, step):
+    """Let training die right after it has dispatched `step`, without saving anything."""
+    original = loop.Loop._read
+
+    def read(self, pending, state, stop):
+        if pending is not None and pending[0] == step:
+            raise Killed
+        return original(self, pending, state, stop)
+
+    monkeypatch.setattr(loop.Loop, "_read", read)
+
+
+def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
+    result = trainer.train(tiny(), tmp_path / "run", origin={"config": "x", "name": "x", "overrides": []})
+    run = tmp_path / "run"
+    assert result.step == 8 and result.run_dir == run and 0 < result.evaluation["loss"] < math.log(12) + 0.1
+    names = {"config.json", "overrides.json", "environment.json", "metrics.jsonl", "status.json", "checkpoints"}
+    assert names <= {path.name for path in run.iterdir()}
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    found = read_metrics(run / "metrics.jsonl")
+    train_rows = [row for row in found if row["split"] == "train"]
+    assert [row["step"] for row in train_rows] == list(range(1, 9))
+    assert [row["step"] for row in found if row["split"] == "val"] == [4, 8]
+    for row in train_rows:
+        assert {"loss", "objective", "grad_norm", "learning_rate", "timing"} <= set(row)
+        assert {"tokens_per_second", "mfu", "step_seconds", "compile_seconds"} <= set(row["timing"])
+    assert train_rows[0]["loss"] == pytest.approx(math.log(12), rel=1e-6)
+    assert train_rows[0]["learning_rate"] == pytest.approx(3e-3 / 2)
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"python", "packages", "devices", "source", "command_line"} <= set(environment)
+    assert "run directory" in capsys.readouterr().out
+
+
+def test_training_approaches_the_known_optimum(tiny, tmp_path):
+    config = tiny(train__steps=150, evaluate__every=0, checkpoint__every=0, data__batch_size=16, optimizer__schedule__name="constant")
+    result = trainer.train(config, tmp_path / "run")
+    optimum = loop.assemble(trainer.config.resolve_config(config)).dataset.optimum
+    # The bound holds for the expectation; a sample of 8 x 16 tokens may lie a little below.
+    assert optimum * 0.9 < result.evaluation["loss"] < optimum + 0.25
+
+
+def test_two_runs_of_one_config_are_equal_bit_for_bit(tiny, tmp_path):
+    trainer.train(tiny(), tmp_path / "a")
+    trainer.train(tiny(), tmp_path / "b")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") and same(final(tmp_path / "a"), final(tmp_path / "b"))
+
+
+def test_the_seed_changes_parameters_and_data_and_each_alone(tiny, tmp_path):
+    losses = {}
+    for name, changes in {"base": {}, "both": {"seed": 1}, "init": {"seed": 1, "data__seed": 0}, "data": {"data__seed": 1}}.items():
+        trainer.train(tiny(train__steps=2, **changes), tmp_path / name)
+        losses[name] = [row["loss"] for row in rows(tmp_path / name) if row["split"] == "train"][-1]
+    assert len(set(losses.values())) == 4
+
+
+SOURCES = {
+    "bigram": {},
+    "recall": {"data": {"name": "recall", "sequence_length": 16, "batch_size": 4, "vocabulary": 17, "pairs": 4}},
+    "text": {"data": {"name": "text_files", "sequence_length": 16, "batch_size": 4, "held_out": 0.5}},
+    "mixture": {"data": {"name": "mixture", "sequence_length": 16, "batch_size": 4}},
+}
+
+
+def with_source(config, name, directory):
+    config = config | SOURCES[name]
+    if name in ("text", "mixture"):
+        directory.mkdir(exist_ok=True)
+        for i in range(6):
+            (directory / f"{i}.txt").write_text("".join(chr(97 + (i * j * j) % 26) for j in range(90)))
+        files = {"files": [str(directory / "*.txt")], "split": "tail", "held_out": 0.3}
+        if name == "text":
+            config["data"] = config["data"] | files
+        else:
+            config["data"] = config["data"] | {"sources": [{"name": "text_files", "weight": w} | files for w in (3, 1)]}
+    return config
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+@pytest.mark.parametrize("direction", ["adamw", "muon"])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny, tmp_path, monkeypatch, source, direction):
+    config = with_source(tiny(optimizer__direction={"name": direction}), source, tmp_path / "texts")
+    trainer.train(config, tmp_path / "whole")
+    for step in (1, 5, 7):  # before the first checkpoint, between two, after the last
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step)
+            with pytest.raises(Killed):
+                trainer.train(config, tmp_path / f"cut{step}")
+        trainer.train(config, tmp_path / f"cut{step}")
+        assert rows(tmp_path / f"cut{step}") == rows(tmp_path / "whole")
+        assert same(final(tmp_path / f"cut{step}"), final(tmp_path / "whole"))
+
+
+def test_a_run_that_is_interrupted_again_and_again_still_ends_the_same(tiny, tmp_path, monkeypatch):
+    trainer.train(tiny(), tmp_path / "whole")
+    for step in (2, 5, 5, 8):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step)
+            with pytest.raises(Killed):
+                trainer.train(tiny(), tmp_path / "cut")
+    trainer.train(tiny(), tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole") and same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+def test_a_failed_run_says_why_in_its_status(tiny, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 5)
+    with pytest.raises(Killed):
+        trainer.train(tiny(), tmp_path / "run")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and "Killed" in status["message"]
+
+
+def test_a_signal_saves_and_a_second_start_goes_on(tiny, tmp_path, monkeypatch):
+    trainer.train(tiny(), tmp_path / "whole")
+    original = loop.Loop._read
+
+    def read(self, pending, state, stop):
+        if pending is not None and pending[0] == 4:
+            stop.received = "SIGTERM"
+        return original(self, pending, state, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_read", read)
+        with pytest.raises(Preempted, match="SIGTERM") as caught:
+            trainer.train(tiny(), tmp_path / "cut")
+    assert caught.value.exit_code == 75
+    status = json.loads((tmp_path / "cut" / "status.json").read_text())
+    assert status["state"] == "preempted" and status["step"] in (4, 5)
+    trainer.train(tiny(), tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole") and same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
+def test_stopping_signals_set_a_flag_and_are_given_back():
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with signals.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_starting_a_finished_run_again_changes_nothing(tiny, tmp_path, capsys):
+    trainer.train(tiny(), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    result = trainer.train(tiny(), tmp_path / "run")
+    assert "finished at step 8: nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and result.evaluation["loss"] > 0
+
+
+def test_another_config_is_refused_with_every_difference(tiny, tmp_path):
+    trainer.train(tiny(), tmp_path / "run")
+    with pytest.raises(ConfigError) as caught:
+        trainer.train(tiny(model__width=32, seed=4, log__every=2), tmp_path / "run")
+    assert "model.width: 16 -> 32" in str(caught.value) and "seed: 0 -> 4" in str(caught.value)
+    assert "log.every" not in str(caught.value)
+
+
+def test_raising_steps_extends_a_run_only_where_no_schedule_depends_on_them(tiny, tmp_path):
+    constant = {"optimizer__schedule": {"name": "constant"}}
+    trainer.train(tiny(train__steps=5, **constant), tmp_path / "run")
+    trainer.train(tiny(train__steps=8, **constant), tmp_path / "run")
+    trainer.train(tiny(train__steps=8, **constant), tmp_path / "whole")
+    extended = [row for row in rows(tmp_path / "run") if row["split"] == "train"]
+    assert extended == [row for row in rows(tmp_path / "whole") if row["split"] == "train"]
+    assert same(final(tmp_path / "run"), final(tmp_path / "whole"))
+    with pytest.raises(ConfigError, match="not shortened"):
+        trainer.train(tiny(train__steps=6, **constant), tmp_path / "run")
+    trainer.train(tiny(train__steps=4), tmp_path / "cosine")
+    with pytest.raises(ConfigError, match="cosine schedule depends on train.steps"):
+        trainer.train(tiny(train__steps=8), tmp_path / "cosine")
+
+
+def test_an_execution_key_may_change_and_is_announced(tiny, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Killed):
+            trainer.train(tiny(), tmp_path / "run")
+    trainer.train(tiny(train__remat="full"), tmp_path / "run")
+    assert 'train.remat: "none" -> "full": the run goes on, but not bit for bit' in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["remat"] == "full"
+
+
+def test_init_from_starts_with_the_weights_of_another_run(tiny, tmp_path):
+    trainer.train(tiny(), tmp_path / "donor")
+    config = tiny(train__steps=1, init_from__run=str(tmp_path / "donor"))
+    trainer.train(config, tmp_path / "heir")
+    first = next(row for row in rows(tmp_path / "heir") if row["split"] == "train")
+    assert first["loss"] < math.log(12) - 0.05
+    with pytest.raises(StrataError, match="does not fit"):
+        trainer.train(config | {"model": {"width": 32, "layers": 2, "heads": 2}}, tmp_path / "misfit")
+    with pytest.raises(ConfigError, match="does not exist"):
+        trainer.train(tiny(init_from__run=str(tmp_path / "none")), tmp_path / "orphan")
+
+
+def test_load_gives_any_step(tiny, tmp_path):
+    trainer.train(tiny(checkpoint__keep_latest=3), tmp_path / "run")
+    assert trainer.load(tmp_path / "run").step == 8 and trainer.load(tmp_path / "run", 3).step == 3
+    assert not same(trainer.load(tmp_path / "run", 3).params, final(tmp_path / "run"))
+    with pytest.raises(StrataError, match="Good steps here"):
+        trainer.load(tmp_path / "run", 4)
+
+
+POISON = 5
+
+
+def poison(monkeypatch, steps=(POISON,)):
+    """Make the weights of some steps' batches infinite, which makes loss and gradient non-finite."""
+    from trainer import processes
+
+    original = processes.with_stop
+    seen = {"step": 0}
+
+    def with_stop(batch, stop):
+        seen["step"] += 1
+        if seen["step"] in steps:
+            batch = batch | {"weights": batch["weights"] * np.float32("inf")}
+        return original(batch, stop)
+
+    monkeypatch.setattr(processes, "with_stop", with_stop)
+
+
+def test_a_non_finite_loss_stops_the_run_and_saves_the_state_before_it(tiny, tmp_path, monkeypatch):
+    trainer.train(tiny(checkpoint__every=1, checkpoint__keep_latest=9), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        poison(patch)
+        with pytest.raises(Diverged, match=f"step {POISON} is not finite") as caught:
+            trainer.train(tiny(), tmp_path / "run")
+    assert caught.value.exit_code == 3
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert report["step"] == POISON and report["examples"] == [16, 20]
+    run = trainer.load(tmp_path / "run")
+    assert run.step == POISON - 1 and same(run.params, trainer.load(tmp_path / "whole", POISON - 1).params)
+    trainer.train(tiny(), tmp_path / "run")  # the cause is gone: it goes on from there, exactly
+    assert same(final(tmp_path / "run"), final(tmp_path / "whole"))
+
+
+def test_skip_counts_and_leaves_parameters_alone(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch)
+        trainer.train(tiny(train__nonfinite="skip", checkpoint__every=1, checkpoint__keep_latest=9), tmp_path / "run")
+    found = [row for row in rows(tmp_path / "run") if row["split"] == "train"]
+    assert [row["skipped"] for row in found] == [0] * 4 + [1] * 4
+    assert same(trainer.load(tmp_path / "run", 4).params, trainer.load(tmp_path / "run", 5).params)
+    assert all(math.isfinite(row["loss"]) for row in found if row["step"] != POISON)
+
+
+def test_skip_is_capped(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, steps=(3, 4, 5, 6))
+    with pytest.raises(Diverged, match="3 updates were skipped, and train.skip_limit is 2"):
+        trainer.train(tiny(train__nonfinite="skip", train__skip_limit=2), tmp_path / "run")
+
+
+def test_no_transfer_in_the_loop_is_implicit(tiny, tmp_path):
+    with jax.transfer_guard("disallow"):
+        trainer.train(tiny(evaluate__every=0, checkpoint__every=0, log__sample_tokens=0), tmp_path / "run")
+    assert (tmp_path / "run" / "status.json").exists()
+
+
+def test_accumulation_changes_nothing_but_rounding(tiny, tmp_path):
+    for count in (1, 2, 4):
+        trainer.train(tiny(train__accumulation=count, train__steps=3), tmp_path / str(count))
+    losses = [[row["loss"] for row in rows(tmp_path / str(count))] for count in (1, 2, 4)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_bfloat16_trains_with_float32_parameters(tiny, tmp_path):
+    result = trainer.train(tiny(train__precision="bfloat16"), tmp_path / "run")
+    assert math.isfinite(result.evaluation["loss"])
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(final(tmp_path / "run")))
+
+
+def test_two_runs_cannot_share_a_directory(tiny, tmp_path):
+    from trainer.run_directory import RunDirectory
+
+    with RunDirectory(tmp_path / "run"), pytest.raises(StrataError, match="in use"):
+        trainer.train(tiny(), tmp_path / "run")
+
+
+def test_the_best_checkpoint_never_costs_the_latest(tiny, tmp_path):
+    config = tiny(evaluate__every=2, checkpoint__every=2, checkpoint__keep_latest=1, checkpoint__keep_best=1)
+    trainer.train(config | {"optimizer": {"direction": {"learning_rate": 3.0}}}, tmp_path / "run")
+    best = min((row["loss"], row["step"]) for row in rows(tmp_path / "run") if row["split"] == "val" and row["step"] < 8)
+    assert trainer.load(tmp_path / "run").step == 8
+    assert trainer.load(tmp_path / "run", "best").step in (best[1], 8)

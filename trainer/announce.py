@@ -1,0 +1,124 @@
+"""What a run says when it starts and when it ends."""
+
+from __future__ import annotations
+
+import lzma
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.mixers import softmax
+from trainer.evaluate import describe
+from trainer.flops import FORMULA
+from trainer.metrics.throughput import peak_flops
+from trainer.sampling import Sampling, generate
+
+if TYPE_CHECKING:
+    from trainer.loop import Loop
+
+LONGEST_TEXT_FOR_XZ = 64 * 2**20
+
+
+def announce(loop: Loop, state: Any, done: int) -> None:
+    """Say what is about to be trained, on what, how, and where it will be found."""
+    say, setup, config = loop.reporter.say, loop.setup, loop.config
+    devices = setup.mesh.devices
+    say(f"run        {loop.directory.path}")
+    say(f"data       {data_line(setup.dataset.description)}")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"]))
+    flops = loop.reporter.flops
+    say(
+        f"model      {count:,} parameters; {flops.per_token / 1e6:.2f} MFLOP a token "
+        f"({flops.per_token_full / 1e6:.2f} without the causal half): {FORMULA}"
+    )
+    if config.model.mixer.name == "attention":
+        name, why = softmax.choose(
+            config.model.mixer.implementation, jnp.dtype(config.train.precision), config.model.head_units
+        )
+        say(f"attention  {name} ({why})")
+    shape = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    device = devices.flat[0]
+    peak = peak_flops(device.device_kind, config.train.precision)
+    speed = f"{peak / 1e12:.0f} TFLOP/s dense peak" if peak else "peak unknown, MFU n/a"
+    say(f"devices    {devices.size} x {device.device_kind} ({shape}), {speed}, {config.train.precision}")
+    if setup.dataset.optimum is not None:
+        say(f"optimum    {setup.dataset.optimum:.6f} nats per scored token is the lowest expected loss of any model")
+    for note in loop.notes:
+        say(f"note       {note}")
+    if done:
+        say(f"resuming   after step {done:,} of {config.train.steps:,}")
+    else:
+        say(f"training   {config.train.steps:,} steps of {config.data.batch_size} x {config.data.sequence_length} tokens")
+
+
+def data_line(description: dict[str, Any]) -> str:
+    """A data set's description in one line: its plain entries, hashes shortened."""
+    words = []
+    for name, value in description.items():
+        if isinstance(value, bool | dict | list) or value is None:
+            continue
+        if isinstance(value, int):
+            words.append(f"{name} {value:,}")
+        elif isinstance(value, float):
+            words.append(f"{name} {value:.6g}")
+        else:
+            words.append(f"{name} {value[:12] if len(value) == 64 else value}")
+    return ", ".join(words)
+
+
+def conclude(loop: Loop, state: Any) -> None:
+    """Say the result, compare it with a compressor, sample text, and say where everything is."""
+    reporter, setup, config, directory = loop.reporter, loop.setup, loop.config, loop.directory
+    if reporter.console is not None:
+        reporter.console.close()
+    loop.checkpointer.wait()
+    if jax.process_index() == 0:
+        directory.write_status("finished", config.train.steps)
+    sample = _sample(loop, state)
+    if jax.process_index() != 0:
+        return
+    print(f"\nheld-out data: {describe(loop.evaluation)}")
+    if setup.dataset.raw is not None and (setup.dataset.validation_bytes or 0) <= LONGEST_TEXT_FOR_XZ:
+        raw = setup.dataset.raw_validation()
+        if raw:
+            packed = len(lzma.compress(raw, preset=9))
+            print(f"xz -9 needs {8 * packed / len(raw):.4f} bits per byte for the same {len(raw):,} bytes as one stream")
+    if sample is not None:
+        print(f"\nsample:\n{sample}\n")
+    path = _shortest(directory.path)
+    print(f"run directory  {path}")
+    print(f"  metrics      {path / 'metrics.jsonl'}")
+    print(f"  checkpoints  {path / 'checkpoints'}: steps {', '.join(map(str, loop.checkpointer.steps()))}")
+    print(f"  evaluate     python -m trainer.evaluate --run {path}")
+    print(f"  generate     python -m trainer.generate --run {path} --prompt 'def '")
+    print(f"  run again    python -m trainer --config {path / 'config.json'} --workdir ANOTHER")
+
+
+def _sample(loop: Loop, state: Any) -> str | None:
+    """Text drawn from the trained model; None where there is none to draw."""
+    setup, config = loop.setup, loop.config
+    tokenizer = setup.dataset.tokenizer
+    # Several processes hold parts of the parameters only; `trainer.generate` samples from the checkpoint instead.
+    if tokenizer is None or not config.log.sample_tokens or jax.process_count() > 1:
+        return None
+    prompt = [tokenizer.separator, *tokenizer.encode(config.log.sample).tolist()]
+    count = min(config.log.sample_tokens, config.data.sequence_length - len(prompt))
+    if count < 1:
+        return None
+    model = nnx.merge(setup.graph, nnx.State(state["params"]))
+    tokens = generate(
+        model, [prompt], count, sampling=Sampling(temperature=0.8), seed=config.seed, banned=[tokenizer.separator]
+    )
+    return config.log.sample + tokenizer.decode(tokens[0])
+
+
+def _shortest(path: Path) -> Path:
+    """Relative to the current directory where it lies below it."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -1,0 +1,106 @@
+"""The whole way from `--config FILE` and its overrides to a checked `Config`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from strata import ConfigError, Problem, resolve
+from strata.values import Mismatch, Text, plain, read_literal
+from trainer.config import files, overrides
+from trainer.options import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A config that passed every check that needs no JAX."""
+
+    config: Config
+    name: str  # of the config, the first part of a run's directory
+    notes: tuple[str, ...]  # what the user should know: leftovers dropped, defaults added
+    source: str  # the file, with its argument
+    overrides: tuple[tuple[str, str], ...]
+
+
+def load(source: str, changes: Sequence[tuple[str, str]] = ()) -> Loaded:
+    """Read, override and check a config.
+
+    Args:
+      source: `FILE[:ARG]`, a `.py` file with `get_config` or a run's own `config.json`.
+      changes: `(dotted path, text)` pairs from the command line.
+
+    Raises:
+      ConfigError: with every mistake found.
+    """
+    tree, path = files.read(source)
+    archived = path.suffix == ".json"
+    config, notes, filled = _resolve(tree, changes, source)
+    if archived and filled:
+        # A resolved config is complete, so whatever is missing was added after it was written.
+        paths = set(filled)
+        listed = [f"{where} = {json.dumps(_leaf(config, where))}" for where in sorted(paths)]
+        notes = [*notes, f"{path} is older than these fields, which take their defaults: {', '.join(listed)}"]
+    return Loaded(config, _name(path, archived), tuple(notes), source, tuple(changes))
+
+
+def resolve_config(tree: Mapping[str, Any] | Config) -> Config:
+    """Check a config given as a `ConfigDict` or dict. Raises `ConfigError` with every mistake."""
+    if isinstance(tree, Config):
+        return tree
+    try:
+        return _resolve(plain(tree), (), "")[0]
+    except Mismatch as mismatch:
+        raise ConfigError(f"the config holds something that is not data: {mismatch}") from None
+
+
+def _resolve(tree: dict[str, Any], changes: Sequence[tuple[str, str]], source: str) -> tuple[Config, list[str], list[str]]:
+    importlib.import_module("trainer.data.options")  # registers the data sources; models and optim come with Config
+    tree = copy.deepcopy(tree)
+    problems = _import_plugins(tree, changes)
+    notes, misplaced = overrides.apply(tree, changes, Config)
+    config, found = resolve(Config, tree)
+    problems += misplaced + found.problems
+    if problems:
+        raise ConfigError(problems, source)
+    return config, notes, found.filled
+
+
+def _import_plugins(tree: Mapping[str, Any], changes: Sequence[tuple[str, str]]) -> list[Problem]:
+    """Import the user's modules before anything is looked up by name."""
+    plugins = dict(changes).get("plugins", tree.get("plugins", ()))
+    if isinstance(plugins, str):
+        literal = read_literal(plugins)
+        plugins = literal if isinstance(literal, (list, tuple)) else [name for name in plugins.split(",") if name]
+    problems = []
+    for name in plugins if isinstance(plugins, (list, tuple)) else ():
+        try:
+            importlib.import_module(str(name))
+        except Exception as error:
+            problems.append(Problem("plugins", f"importing {name} raised {type(error).__name__}: {error}", str(name)))
+    return problems
+
+
+def _name(path: Path, archived: bool) -> str:
+    if not archived:
+        return path.stem
+    try:
+        return json.loads((path.parent / "overrides.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.parent.name if path.name == "config.json" else path.stem
+
+
+def _leaf(config: Any, path: str) -> Any:
+    from strata import to_tree
+
+    value = to_tree(config)
+    for step in path.split("."):
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    return value
+
+
+__all__ = ["Loaded", "Text", "load", "resolve_config"]

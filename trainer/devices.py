@@ -1,0 +1,115 @@
+"""Setting JAX up for a run: processes, flags, compilation cache, the device mesh."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+from strata import ConfigError
+from trainer.options import Config, Mesh
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+def start(
+    config: Config, *, coordinator: str | None = None, process_count: int | None = None, process_index: int | None = None
+) -> None:
+    """Configure JAX before its first use; call once a process.
+
+    Several processes are joined when `coordinator` is given, or when Slurm started more than one task. The persistent
+    compilation cache lives in `JAX_COMPILATION_CACHE_DIR`, by default in the user's cache directory; set it to the empty
+    string for none.
+    """
+    if config.train.deterministic and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    tune_cpu()
+    import jax
+
+    if coordinator or process_count:
+        if not (coordinator and process_count and process_index is not None):
+            raise ConfigError("--coordinator, --process_count and --process_index go together")
+        jax.distributed.initialize(coordinator, process_count, process_index)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize()
+    use_compilation_cache()
+
+
+def tune_cpu() -> None:
+    """Keep the memory of a CPU step in the process between steps; call before JAX's first computation.
+
+    XLA allocates one scratch buffer a step and frees it. The C library gives it back to the kernel, which hands it out
+    again page by page, zeroed: two fifths of a small model's step (`benchmarks/step_speed.py`). glibc is asked to keep
+    what is freed; it does so for the main thread only, so steps are run there, without asynchronous dispatch. Other C
+    libraries are left alone. Accelerators are not affected.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if platform.libc_ver()[0] == "glibc":
+        keep = ctypes.CDLL(None).mallopt
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            keep(parameter, 2**31 - 1)
+
+
+def check_started(config: Config) -> None:
+    """Make sure that what must precede JAX's first use did: for callers of `trainer.train` who start JAX themselves.
+
+    Raises:
+      ConfigError: `train.deterministic` asks for a flag that this process was started without.
+    """
+    import jax
+
+    if config.train.deterministic and jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        raise ConfigError(
+            f"train.deterministic = True needs XLA_FLAGS={DETERMINISTIC} before JAX starts; "
+            "the command line sets it, a program that calls trainer.train must"
+        )
+    use_compilation_cache()
+
+
+def use_compilation_cache() -> None:
+    """Turn the persistent compilation cache on; every program is kept, since even small ones cost a start its seconds."""
+    import jax
+
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strata" / "xla"
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
+    if not directory:
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def make_mesh(option: Mesh):
+    """The device mesh with axes (data, fsdp, tensor).
+
+    An axis of -1 takes the devices that the others leave. One process uses the first devices it has; several processes
+    must use all.
+
+    Raises:
+      ConfigError: there are too few devices, or they do not divide.
+    """
+    import jax
+    import numpy as np
+
+    sizes = {"data": option.data, "fsdp": option.fsdp, "tensor": option.tensor}
+    count = jax.device_count()
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    for name, size in sizes.items():
+        if size == -1:
+            if count % fixed:
+                raise ConfigError(
+                    f"mesh.{name} = -1: the other axes take {fixed} devices, which do not divide the {count} here"
+                )
+            sizes[name] = count // fixed
+    total = int(np.prod(list(sizes.values())))
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if total > count:
+        raise ConfigError(f"mesh {shown} needs {total} devices and there are {count}")
+    if jax.process_count() > 1 and total != count:
+        raise ConfigError(f"mesh {shown} uses {total} of {count} devices; several processes must use all of them")
+    return jax.sharding.Mesh(np.array(jax.devices()[:total]).reshape(tuple(sizes.values())), tuple(sizes))

@@ -1,0 +1,104 @@
+"""What a run ran on, and which changes of it end bit-for-bit equality. Only the list of devices imports JAX."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml-collections", "tokenizers")
+_COMPUTING = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")  # their code decides numbers or their order
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
+_DIFF_LIMIT = 1_000_000  # characters of the source diff that are kept
+
+
+def describe_environment(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Versions, devices, source and command line, as JSON; no host or user name is asked for.
+
+    Args:
+      source: a file of the source tree whose revision is recorded; default: this one. A tree that git does not track
+        (an installed package, or no git at all) is recorded as None.
+    """
+    import jax
+
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "processes": jax.process_count(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
+        "source": _source(Path(source or __file__).resolve()),
+        "command_line": sys.orig_argv,
+    }
+
+
+def differences(first: dict[str, Any], now: dict[str, Any], *, python_matters: bool = False) -> list[str]:
+    """What changed between two environments that ends bit-for-bit equality, one line each; empty: nothing.
+
+    Args:
+      first: the environment of the run's first start.
+      now: that of this start.
+      python_matters: the data depends on the Python version (`python_source` reads its standard library).
+    """
+    found = []
+
+    def compare(what: str, a: Any, b: Any) -> None:
+        if a != b:
+            found.append(f"{what}: {'none' if a is None else a} -> {'none' if b is None else b}")
+
+    for name in _COMPUTING:
+        compare(name, first.get("packages", {}).get(name), now.get("packages", {}).get(name))
+    if python_matters:
+        compare("python", first.get("python"), now.get("python"))
+    compare("machine", first.get("platform"), now.get("platform"))
+    for key in ("platform", "kind", "count"):
+        compare(f"device {key}", first.get("devices", {}).get(key), now.get("devices", {}).get(key))
+    compare("processes", first.get("processes"), now.get("processes"))
+    compare("CPUs", first.get("cpus"), now.get("cpus"))
+    for name in _VARIABLES:
+        compare(name, first.get("variables", {}).get(name), now.get("variables", {}).get(name))
+    before, after = first.get("source"), now.get("source")
+    if before and after:
+        compare("source revision", before.get("revision"), after.get("revision"))
+        if before.get("diff") != after.get("diff") or before.get("untracked") != after.get("untracked"):
+            found.append("source: uncommitted changes differ")
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source(file: Path) -> dict[str, Any] | None:
+    """Revision, diff and untracked files of the git tree that tracks `file`; None where none does."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+    folder = str(file.parent)
+    # A virtual environment may lie inside someone else's repository: its revision says nothing about this source.
+    if git("ls-files", "--error-unmatch", "--", file.name) is None:
+        return None
+    folder = (git("rev-parse", "--show-toplevel") or folder).strip()
+    diff = git("diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+    if len(diff) > _DIFF_LIMIT:
+        diff = diff[:_DIFF_LIMIT] + f"\n[cut: the diff has {len(diff)} characters]\n"
+    return {
+        "revision": (git("rev-parse", "HEAD") or "").strip() or None,
+        "diff": diff,
+        "untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
+    }

@@ -1,0 +1,112 @@
+"""`python -m trainer.evaluate --run DIR [--step N]`: loss, perplexity, bits per byte, accuracy on held-out data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from trainer.setup import Setup
+
+
+def evaluate(setup: Setup, params: Any, step: Any, batches: int | None, batch_size: int | None = None) -> dict[str, float]:
+    """Score held-out data.
+
+    Args:
+      setup: of the run.
+      params: nested dict of parameters.
+      step: `setup.jitted_evaluation_step()`, compiled once for all evaluations of a run.
+      batches: at most this many, spread over the held-out data; None: all of it.
+      batch_size: sequences a batch; None: as in training.
+
+    Returns:
+      `loss` in nats per token, `perplexity`, `tokens`; `bpb` where tokens stand for bytes; `accuracy` where it means
+      something; equal on every process.
+    """
+    rows = setup.dataset.validation(batch_size, batches, process_index=jax.process_index(), process_count=jax.process_count())
+    parts = [step(params, setup.put_batch(batch)) for batch in rows]
+    # Added in float64 on the host: a float32 sum over millions of tokens would lose digits.
+    parts = jax.device_get(parts)
+    return summary(setup, {name: sum(float(part[name]) for part in parts) for name in parts[0]})
+
+
+def summary(setup: Setup, total: dict[str, Any]) -> dict[str, float]:
+    """From sums over tokens to the numbers that are reported."""
+    tokens = float(total["tokens"])
+    loss = float(total["nats"]) / tokens if tokens else math.nan
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(tokens)}
+    if setup.dataset.token_bytes is not None:
+        found["bpb"] = bits_per_byte(total)
+    if setup.dataset.reports_accuracy:
+        found["accuracy"] = float(total["right"]) / tokens if tokens else math.nan
+    return found
+
+
+def bits_per_byte(total: dict[str, Any]) -> float:
+    """Summed nats / ln 2 / bytes of raw text scored."""
+    return float(total["nats"]) / math.log(2) / float(total["bytes"]) if total["bytes"] else math.nan
+
+
+def describe(found: dict[str, float]) -> str:
+    """The numbers of an evaluation in one line."""
+    words = [f"loss {found['loss']:.4f} nats/token", f"perplexity {found['perplexity']:.3f}"]
+    words += [f"{found['bpb']:.4f} bits per byte"] if "bpb" in found else []
+    words += [f"accuracy {found['accuracy']:.4f}"] if "accuracy" in found else []
+    return ", ".join([*words, f"{found['tokens']:,} tokens"])
+
+
+def steps_argument(text: str) -> int | str:
+    """`--step`: a number, `best` or `latest`."""
+    if text in ("best", "latest"):
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a step, best or latest, not {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; prints one line of words and one of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__)
+    parser.add_argument("--run", required=True, help="run directory")
+    parser.add_argument("--step", type=steps_argument, default=None, help="a checkpoint's step, best, or latest (default)")
+    parser.add_argument("--batches", type=int, default=None, help="batches spread over the held-out data (default: all)")
+    parser.add_argument("--depth", default=None, help="another way to run the same weights, as JSON with a name")
+    arguments = parser.parse_args(argv)
+    from trainer import devices, load
+
+    devices.use_compilation_cache()
+    run = load(arguments.run, arguments.step)
+    for note in run.notes:
+        print(f"note: {note}")
+    step = run.setup.jitted_evaluation_step(depth=read_depth(arguments.depth))
+    with jax.set_mesh(run.setup.mesh):
+        found = evaluate(run.setup, run.params, step, arguments.batches, run.config.evaluate.batch_size)
+    print(f"{run.directory} step {run.step}: {describe(found)}")
+    print(json.dumps({"run": str(run.directory), "step": run.step} | found))
+    return 0
+
+
+def read_depth(text: str | None) -> Any:
+    """`--depth` to a depth strategy's options. Raises `ConfigError`."""
+    if text is None:
+        return None
+    from models.transformer import depth_options
+    from strata import ConfigError
+
+    try:
+        depth = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--depth = {text!r} is not JSON: {error}") from None
+    if not isinstance(depth, dict):
+        raise ConfigError(f'--depth = {text!r}: expected a dict with a name, such as \'{{"name": "sequential"}}\'')
+    return depth_options(depth)
+
+
+if __name__ == "__main__":
+    from trainer.command import run
+
+    run(main)

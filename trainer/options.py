@@ -1,0 +1,140 @@
+"""The config tree: every section of a run. Imports no JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from models.options import Model
+from optim.options import Optimizer
+from strata import option, options, part, section
+
+Problems = Iterator[tuple[str, str]]
+
+
+@options
+class InitFrom:
+    """Start from the weights of another run."""
+
+    run: str | None = option(None, "run directory whose parameters are loaded before step 1; None: a fresh start")
+    step: int | None = option(None, "its checkpoint step; None: the latest good one", least=0)
+
+
+@options
+class Train:
+    """How the model is trained."""
+
+    steps: int = option(1000, "updates in the whole run", least=1)
+    accumulation: int = option(1, "micro-batches an update is split into, inside the step", least=1, key="execution")
+    precision: str = option(
+        "float32", "compute type of the blocks; parameters and loss stay float32", among=("float32", "bfloat16")
+    )
+    remat: str = option(
+        "none",
+        "what is recomputed in the backward pass: nothing, all but products without batch axes (dots), or the whole block",
+        among=("none", "dots", "full"),
+        key="execution",
+    )
+    deterministic: bool = option(False, "on GPU, order-independent reductions only (slower); CPU always is", key="execution")
+    nonfinite: str = option(
+        "raise", "a non-finite loss or gradient: stop with exit 3, or skip the update", among=("raise", "skip")
+    )
+    skip_limit: int = option(20, "with nonfinite=skip: updates that may be skipped before the run stops", least=0)
+    loss_chunk: int | None = option(
+        None, "tokens whose logits exist at once; None: as many as fit in 64 MiB of float32", least=1, key="execution"
+    )
+
+
+@options
+class Evaluate:
+    """Evaluation on held-out data while training. The end of a run always evaluates."""
+
+    every: int = option(200, "steps between evaluations; 0: only at the end", least=0)
+    batches: int = option(16, "batches of an evaluation during training", least=1)
+    final_batches: int | None = option(None, "batches of the evaluation at the end; None: all held-out data", least=1)
+    batch_size: int | None = option(None, "sequences a batch; None: as in training", least=1)
+
+
+@options
+class Checkpoint:
+    """What is kept on disk. The three keep policies are independent: none deletes what another keeps."""
+
+    every: int = option(200, "steps between checkpoints; 0: only at the end", least=0)
+    keep_latest: int = option(2, "number of newest checkpoints kept", least=1)
+    keep_every: int | None = option(None, "also keep every checkpoint whose step is a multiple of this", least=1)
+    keep_best: int = option(1, "also keep this many with the lowest validation loss", least=0)
+
+
+@options
+class Mesh:
+    """Devices by axis. A mesh of 1, 1, 1 uses one device however many there are."""
+
+    data: int = option(1, "replicas, each with a part of the batch; -1: all devices that are left", least=-1)
+    fsdp: int = option(1, "parts that parameters and batch are split into (ZeRO-3)", least=-1)
+    tensor: int = option(1, "parts that heads and hidden units are split into", least=-1)
+
+    def problems(self) -> Problems:
+        """At most one axis may be left open, and none may be empty."""
+        axes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in axes.items():
+            if size == 0:
+                yield name, "a mesh axis has at least one device (or -1: all that are left)"
+        if list(axes.values()).count(-1) > 1:
+            yield "", "only one mesh axis can be -1"
+
+
+@options
+class Log:
+    """What is reported and where it is mirrored; `metrics.jsonl` is always written."""
+
+    every: int = option(10, "steps between rows of training metrics", least=1)
+    wandb: str = option(
+        "disabled",
+        "mirror to Weights & Biases; auto: online with an account, offline without",
+        among=("disabled", "auto", "offline", "online"),
+    )
+    wandb_project: str = option("strata", "project of the W&B mirror")
+    wandb_group: str | None = option(None, "group of the W&B mirror")
+    tensorboard: bool = option(False, "mirror to TensorBoard event files in the run directory")
+    profile: tuple[int, ...] = option((), "first and last step of a profiler trace", least=1)
+    sample: str = option("", "prompt of the text printed at the end (empty: a separator); data without text prints none")
+    sample_tokens: int = option(400, "tokens sampled at the end; 0: none", least=0)
+
+    def problems(self) -> Problems:
+        """A trace needs a first and a last step."""
+        if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
+            yield "profile", "expected two steps, first and last"
+
+
+@options
+class Config:
+    """A whole run."""
+
+    seed: int = option(0, "of the initial parameters, and of the data order unless data.seed is given", least=0, most=2**31 - 1)
+    plugins: tuple[str, ...] = option((), "modules of your own, imported first, that register components")
+    init_from: InitFrom = section(InitFrom, "start from another run's weights")
+    data: object = part("data", "python_source", "what is trained on")
+    model: Model = section(Model, "the network")
+    optimizer: Optimizer = section(Optimizer, "the update")
+    train: Train = section(Train, "the loop")
+    evaluate: Evaluate = section(Evaluate, "held-out data", key="cosmetic")
+    checkpoint: Checkpoint = section(Checkpoint, "what is kept", key="cosmetic")
+    mesh: Mesh = section(Mesh, "devices", key="execution")
+    log: Log = section(Log, "reports", key="cosmetic")
+
+    def problems(self) -> Problems:
+        """Combinations across sections."""
+        size, parts = self.data.batch_size, self.train.accumulation
+        if size % parts:
+            yield "train.accumulation", f"{parts} micro-batches do not divide data.batch_size {size}"
+        else:
+            shards = max(1, self.mesh.data) * max(1, self.mesh.fsdp)
+            if (size // parts) % shards:
+                yield (
+                    "data.batch_size",
+                    (f"{size} sequences in {parts} micro-batches do not divide over mesh.data x mesh.fsdp = {shards} devices"),
+                )
+        devices = max(1, self.mesh.data) * max(1, self.mesh.fsdp)
+        if self.evaluate.batch_size and self.evaluate.batch_size % devices:
+            yield "evaluate.batch_size", f"does not divide over mesh.data x mesh.fsdp = {devices} devices"
+        for name, message in self.optimizer.schedule.problems_over(self.train.steps):
+            yield f"optimizer.schedule.{name}", message

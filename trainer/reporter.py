@@ -1,0 +1,161 @@
+"""Rows of metrics to the file, the console and the mirrors, with the speed of the steps between them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from strata import to_tree
+from trainer import config as configuration
+from trainer import processes
+from trainer.evaluate import bits_per_byte
+from trainer.flops import training_flops
+from trainer.metrics.console import Console
+from trainer.metrics.jsonl import MetricsWriter
+from trainer.metrics.throughput import Timer, device_memory, mfu
+from trainer.options import Config
+from trainer.run_directory import RunDirectory
+from trainer.setup import Setup
+
+
+class Reporter:
+    """Context manager; in a run of several processes only the first one writes and speaks.
+
+    Args:
+      config, directory, setup: of the run.
+      done: steps done before this process began; 0 drops whatever rows are there.
+      host: what the restored checkpoint saved; `metrics_offset` is where its rows end.
+    """
+
+    def __init__(self, config: Config, directory: RunDirectory, setup: Setup, done: int, host: Mapping[str, Any]):
+        self.config, self.setup = config, setup
+        self.flops = training_flops(setup.model, config.data.sequence_length)
+        self.writer: MetricsWriter | None = None
+        self.mirrors: list[Any] = []
+        self._last_row = done
+        self._stack = contextlib.ExitStack()
+        self._profiling = False
+        self._profile_directory = str(directory.path / "profile")
+        self.timer = self._stack.enter_context(contextlib.closing(Timer()))
+        if not processes.first():
+            self.console = None
+            return
+        self.writer = self._stack.enter_context(MetricsWriter(directory.metrics))
+        self.writer.truncate(host.get("metrics_offset", 0))
+        self.console = self._stack.enter_context(Console(config.train.steps, start=done))
+        if config.log.wandb != "disabled":
+            from trainer.metrics.wandb_mirror import WandbMirror
+
+            self.mirrors.append(
+                WandbMirror(
+                    directory.path,
+                    mode=config.log.wandb,
+                    run_id=directory.path.name,
+                    project=config.log.wandb_project,
+                    group=config.log.wandb_group,
+                    name=directory.path.name,
+                    config=to_tree(config) | {"run_id": configuration.run_id(config)},
+                    history=directory.metrics,
+                )
+            )
+        if config.log.tensorboard:
+            from trainer.metrics.tensorboard_mirror import TensorBoardMirror
+
+            self.mirrors.append(TensorBoardMirror(directory.path, resumed_at=done or None))
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._profiling:
+            jax.profiler.stop_trace()
+        self._stack.close()
+        for mirror in self.mirrors:
+            mirror.__exit__(kind, None, None)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self.console is not None:
+            self.console.say(text)
+
+    def before_step(self, step: int) -> None:
+        """Start or stop the profiler trace that the config asks for."""
+        wanted = self.config.log.profile
+        if wanted and not self._profiling and wanted[0] <= step <= wanted[1]:
+            jax.profiler.start_trace(self._profile_directory)
+            self._profiling = True
+        elif self._profiling and step > wanted[1]:
+            jax.profiler.stop_trace()
+            self._profiling = False
+            self.say(f"profiler trace of steps {wanted[0]} to {wanted[1]} in {self._profile_directory}")
+
+    def train(self, step: int, values: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
+        """A row of training, if it is this step's turn: step 1, every `log.every`-th and the last."""
+        if not (step == 1 or step % self.config.log.every == 0 or step == self.config.train.steps):
+            return
+        tokens = max(float(values["tokens"]), 1.0)
+        loss = float(values["nats"]) / tokens
+        row = {"step": step, "split": "train", "loss": loss, "objective": loss + float(values["auxiliary"])}
+        if self.setup.token_bytes is not None:
+            row["bpb"] = bits_per_byte(values)
+        if self.setup.dataset.reports_accuracy:
+            row["accuracy"] = float(values["right"]) / tokens
+        row["grad_norm"] = float(values["grad_norm"])
+        first = next(iter(rates))
+        row["learning_rate"] = float(rates[first])
+        row |= {f"learning_rate/{group}": float(rate) for group, rate in rates.items()} if len(rates) > 1 else {}
+        if self.config.train.nonfinite == "skip":
+            row["skipped"] = int(values["skipped"])
+        self._write(row | {"timing": self._speed(step)})
+        if self.console is not None:
+            self.console.update(row | {"timing": self._shown})
+
+    def validation(self, step: int, found: Mapping[str, float], seconds: float) -> None:
+        """A row of evaluation."""
+        row = {"step": step, "split": "val", **found, "timing": {"seconds": seconds, "time": time.time()}}
+        self._write(row)
+        if self.console is not None:
+            self.console.evaluation(row)
+
+    def flushed_offset(self) -> int:
+        """Bytes of rows that are on the disk now; 0 in a process that writes none."""
+        if self.writer is None:
+            return 0
+        self.writer.flush()
+        return self.writer.offset
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not step time."""
+        with self.timer.outside():
+            yield
+
+    def _speed(self, step: int) -> dict[str, Any]:
+        data = self.config.data
+        count = step - self._last_row
+        speed: dict[str, Any] = self.timer.lap(count, count * data.batch_size * data.sequence_length)
+        self._last_row = step
+        device = self.setup.mesh.devices.flat[0]
+        speed["mfu"] = mfu(
+            self.flops.per_token,
+            speed["tokens_per_second"],
+            device.device_kind,
+            self.setup.mesh.size,
+            self.config.train.precision,
+        )
+        memory = device_memory()
+        if memory is not None:
+            speed["memory"] = memory
+        speed["time"] = time.time()
+        self._shown = speed
+        return speed
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(row)
+        for mirror in self.mirrors:
+            mirror.write(row)

@@ -1,0 +1,102 @@
+"""A finished or running run, opened for reading."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from strata import StrataError
+from trainer import config as configuration
+from trainer.checkpoint import Checkpointer
+from trainer.data.tokenizer import Tokenizer
+from trainer.options import Config
+from trainer.setup import Setup, abstract_params, assemble
+
+
+@dataclasses.dataclass
+class Run:
+    """A run at one of its checkpoints."""
+
+    directory: Path
+    config: Config
+    step: int
+    model: nnx.Module  # with the parameters of that step
+    setup: Setup
+    notes: tuple[str, ...]  # defaults that were added since the run was made
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None if the data is not text."""
+        return self.setup.dataset.tokenizer
+
+    @property
+    def params(self) -> Any:
+        """The parameters, as a nested dict of float32 arrays."""
+        return nnx.to_pure_dict(nnx.state(self.model))
+
+
+def load(run_dir: str | Path, step: int | str | None = None) -> Run:
+    """Open a run directory.
+
+    Args:
+      run_dir: a directory with `config.json` and `checkpoints/`.
+      step: a checkpoint's step, `"best"`, or `"latest"` (also None): the newest one that is whole.
+
+    Raises:
+      ConfigError: the directory is no run, or its config does not fit this version.
+      StrataError: there is no such checkpoint, or it is damaged.
+    """
+    directory = Path(run_dir)
+    if not (directory / "config.json").is_file():
+        raise configuration_error(directory)
+    loaded = configuration.load(str(directory / "config.json"))
+    setup = assemble(loaded.config)
+    params, found = restore_params(directory, setup, step)
+    return Run(directory, loaded.config, found, nnx.merge(setup.graph, nnx.State(params)), setup, loaded.notes)
+
+
+def restore_params(directory: Path, setup: Setup, step: int | str | None) -> tuple[Any, int]:
+    """The parameters of a run's checkpoint, laid out for `setup`, and its step. Raises as `load`."""
+    checkpointer = Checkpointer(directory / "checkpoints")
+    if step == "best":
+        step = checkpointer.best()
+        if step is None:
+            raise StrataError(f"no checkpoint of {directory} has a validation loss, so none is the best")
+    elif step == "latest":
+        step = None
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_params(setup.model),
+        setup.shardings(),
+    )
+    try:
+        restored = checkpointer.restore({"params": shapes}, step, partial=True)
+    finally:
+        checkpointer.close()
+    if restored is None:
+        raise StrataError(f"{directory} has no checkpoint yet")
+    return restored.state["params"], restored.step
+
+
+def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int]:
+    """Another run's parameters for the model of `setup`, laid out as its own, and their step.
+
+    Raises:
+      ConfigError: the directory is no run.
+      StrataError: its parameters do not fit this model, with every difference.
+    """
+    if not (directory / "config.json").is_file():
+        raise configuration_error(directory)
+    return restore_params(directory, setup, step)
+
+
+def configuration_error(directory: Path) -> Exception:
+    """The error for a path that is not a run directory."""
+    from strata import ConfigError
+
+    what = "has no config.json, so it is not a run" if directory.is_dir() else "does not exist"
+    return ConfigError(f"run directory {directory} {what}")
