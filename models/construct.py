@@ -11,8 +11,8 @@ from flax import nnx
 from models import options
 from models.sharding import partition
 from models.transformer import Transformer
-from strata import ConfigError, resolve
-from strata.values import plain
+from strata import ConfigError, resolve, to_tree
+from strata.values import Mismatch, plain
 
 
 def build(
@@ -64,9 +64,11 @@ def parameter_shardings(model: nnx.Module, mesh: jax.sharding.Mesh) -> Any:
 
 def resolve_model(model_config: Any) -> options.Model:
     """A checked `models.options.Model`. Raises `ConfigError` with every mistake."""
-    if isinstance(model_config, options.Model):
-        return model_config
-    tree = plain(model_config)
+    try:
+        # An options object made by hand has not been checked: it is read back like any other config.
+        tree = to_tree(model_config) if isinstance(model_config, options.Model) else plain(model_config)
+    except Mismatch as mismatch:
+        raise ConfigError(f"a model config holds plain values: {mismatch}") from None
     if not isinstance(tree, Mapping):
         raise ConfigError(f"a model config is a dict with fields, not {type(model_config).__name__}")
     model, found = resolve(options.Model, tree, "model")
@@ -78,7 +80,8 @@ def resolve_model(model_config: Any) -> options.Model:
 def _maker(model_config: Any, vocab_size: int, precision: str, remat: str | None):
     model = resolve_model(model_config)
     if precision not in ("float32", "bfloat16") or (remat or "none") not in ("none", "dots", "full"):
-        raise ConfigError(f"precision = {precision!r} or remat = {remat!r} is unknown")
+        known = "precision is 'float32' or 'bfloat16'; remat is None, 'none', 'dots' or 'full'"
+        raise ConfigError(f"precision = {precision!r} or remat = {remat!r} is unknown: {known}")
 
     def make(key: jax.Array) -> Transformer:
         rngs = nnx.Rngs(params=key)

@@ -31,13 +31,13 @@ def cross_entropy(
       h: [B, T, width] hidden states in the compute type.
       kernel: float32 [width, vocab], used in the type of `h`; products accumulate in float32.
       targets: int32 [B, T].
-      weights: float32 [B, T]; 0 leaves a token out.
+      weights: float32 [B, T]; 0 leaves a token out. Data: no gradient is taken with respect to them.
       cap: soft-cap of the logits.
       chunk: tokens whose logits exist at once, rounded down to whole columns of the batch so that its sharding is kept;
         None fits them into `CHUNK_BYTES`. When T is no multiple of it, the last chunk is padded with weight 0.
 
     Returns:
-      Float32 scalars: sum of weights * nats, and sum of weights where the largest logit is the target.
+      Float32 scalars: sum of weights * nats, and sum of weights where the target is the argmax (the first of equal logits).
     """
     batch, length, _ = h.shape
     chunk = chunk or CHUNK_BYTES // (4 * kernel.shape[1])
@@ -77,7 +77,8 @@ def _backward(cap, columns, residual, cotangents):
     dh, dkernel, targets, weights = residual
     scale = cotangents[0]
     # Right guesses are a count, and weights and targets are data: none of them has a gradient.
-    return (dh * scale.astype(dh.dtype), dkernel * scale, None, jnp.zeros_like(weights))
+    # The scale stays float32: rounded to bfloat16 first, 1 / tokens would be off by the same factor in every element.
+    return ((dh * scale).astype(dh.dtype), dkernel * scale, None, jnp.zeros_like(weights))
 
 
 _summed.defvjp(_forward, _backward)
@@ -90,13 +91,16 @@ def _chunk(h, targets, weights, kernel, cap):
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponent = jnp.exp(logits - top)
     total = jnp.sum(exponent, axis=-1, keepdims=True)
-    hit = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, :] == targets[..., None]
+    tokens = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, :]
+    hit = tokens == targets[..., None]
     chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     nats = jnp.log(total[..., 0]) + top[..., 0] - chosen
     dlogits = (exponent / total - hit) * weights[..., None]
     if cap is not None:
         dlogits = dlogits * (1 - jnp.square(logits / cap))
-    right = jnp.where(chosen >= top[..., 0], weights, 0.0)
+    # The argmax, as a plain minimum that fuses with the other reductions: a head of zeros must not count as all right.
+    guess = jnp.min(jnp.where(logits >= top, tokens, logits.shape[-1]), axis=-1)
+    right = jnp.where(guess == targets, weights, 0.0)
     return jnp.sum(nats * weights), jnp.sum(right), dlogits.astype(h.dtype)
 
 

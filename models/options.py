@@ -96,7 +96,9 @@ class Model:
 
     width: int = option(128, "size of the residual stream", least=1)
     layers: int = option(4, "blocks in the stack", least=1)
-    heads: int | None = option(None, "query heads; None: width / head_size, or width / 64 (at least 1)", least=1)
+    heads: int | None = option(
+        None, "query heads; None: width / head_size, or the most of at least 64 units that divide the width", least=1
+    )
     kv_heads: int | None = option(None, "key and value heads; None: as many as query heads (arXiv:2305.13245)", least=1)
     head_size: int | None = option(None, "units of a head; None: width / heads", least=1)
     mixer: object = part("model.mixer", "attention", "what mixes positions")
@@ -115,10 +117,13 @@ class Model:
 
     @property
     def query_heads(self) -> int:
-        """Number of query heads, derived when not given."""
+        """Number of query heads; when not given, the most heads of at least 64 units (or of `head_size`) that fit the width."""
         if self.heads is not None:
             return self.heads
-        return max(1, self.width // (self.head_size or 64))
+        if self.head_size is not None:
+            return max(1, self.width // self.head_size)
+        # Whole heads of even size, so that changing the width alone keeps a config valid.
+        return next((n for n in range(self.width // 64, 0, -1) if self.width % (2 * n) == 0), 1)
 
     @property
     def key_heads(self) -> int:

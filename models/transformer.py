@@ -99,9 +99,12 @@ class Transformer(nnx.Module):
 
 
 def depth_options(depth: Any) -> Any:
-    """A depth strategy's options from a dict with a `name`, or as they are. Raises `ConfigError`."""
-    if not isinstance(depth, dict):
+    """A depth strategy's options from a dict or `ConfigDict` with a `name`, or as they are. Raises `ConfigError`."""
+    if getattr(type(depth), "kind", None) == "model.depth":
         return depth
+    depth = depth.to_dict() if hasattr(depth, "to_dict") else depth
+    if not isinstance(depth, dict):
+        raise ConfigError(f"depth is a dict with a name, or options of kind model.depth, not {depth!r}")
     name = depth.get("name")
     if name not in registry.names("model.depth"):
         raise ConfigError(f"depth.name = {name!r}: registered are {', '.join(registry.names('model.depth'))}")

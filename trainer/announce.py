@@ -56,18 +56,22 @@ def announce(loop: Loop, state: Any, done: int) -> None:
 
 
 def data_line(description: dict[str, Any]) -> str:
-    """A data set's description in one line: its plain entries, hashes shortened."""
-    words = []
+    """A data set's description in one line: what it is, how much of it there is, its fingerprint."""
+    words = [str(description["kind"])]
     for name, value in description.items():
-        if isinstance(value, bool | dict | list) or value is None:
-            continue
-        if isinstance(value, int):
-            words.append(f"{name} {value:,}")
+        if name in ("train", "validation") and "sequences" in value:  # synthetic: rows, not documents
+            words.append(f"{name} {value['sequences']:,} sequences, {value['tokens']:,} scored tokens")
+        elif name in ("train", "validation"):
+            words.append(f"{name} {value['documents']:,} documents, {value['bytes'] / 1e6:.2f} MB")
+        elif name == "sources":
+            words += [f"[{data_line(source)}]" for source in value]
+        elif name == "fingerprint":
+            words.append(f"fingerprint {value[:12]}")
+        elif name in ("which", "python", "split", "tokenizer"):
+            words.append(f"{name} {value}")
         elif isinstance(value, float):
-            words.append(f"{name} {value:.6g}")
-        else:
-            words.append(f"{name} {value[:12] if len(value) == 64 else value}")
-    return ", ".join(words)
+            words.append(f"{name.replace('_', ' ')} {value:.6g}")
+    return "; ".join(words)
 
 
 def conclude(loop: Loop, state: Any) -> None:

@@ -147,9 +147,11 @@ class Loop:
         )
         restored = self.checkpointer.restore(shapes)
         if restored is not None:
-            # A run that halted on a non-finite loss may go on: whoever starts it again has seen why it stopped.
-            guard = restored.state["guard"] | {"halted": self.setup.put_scalars(np.bool_(False))}
-            return restored.state | {"guard": guard}, restored.host, restored.step
+            state = restored.state
+            if jax.device_get(state["guard"]["halted"]):
+                # Whoever starts a run again that halted on non-finite losses has seen why; it counts anew.
+                state |= {"guard": self.setup.put_scalars({"skipped": np.int32(0), "halted": np.bool_(False)})}
+            return state, restored.host, restored.step
         if self.config.init_from.run is None:
             params = self.setup.initial_params()
         else:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import optim
 from models import cross_entropy
 from trainer.options import Train
 
@@ -67,7 +68,7 @@ def train_step(
             gradients, total = _accumulate(gradient, params, batch, option.accumulation)
         tokens = jnp.maximum(total["tokens"], 1)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optim.global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(total["nats"])
         updates, optimizer = transformation.update(gradients, state["optimizer"], params, rates=rates, grad_norm=norm)
         updated = {"params": optax.apply_updates(params, updates), "optimizer": optimizer}

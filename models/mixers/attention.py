@@ -85,7 +85,8 @@ class Attention(nnx.Module):
         return rotate(q, rotary), rotate(k, rotary), v
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, decode: bool = False) -> jax.Array:
-        # A decode step has a handful of queries against a cache: a fused kernel gains nothing there.
-        name = "xla" if decode else softmax.choose(self.choice, q.dtype, self.head_size)[0]
+        name = softmax.choose(self.choice, q.dtype, self.head_size)[0]
+        if decode and name == "cudnn":
+            name = "xla"  # a decode step has a handful of queries against a cache: a fused kernel gains nothing there
         mixed = softmax.IMPLEMENTATIONS[name](q, k, v, mask, causal=not decode)
         return self.out(mixed.reshape(q.shape[0], q.shape[1], -1))

@@ -20,32 +20,22 @@ class Peak(NamedTuple):
 
 
 _T = 1e12
-# Sources: NVIDIA data sheets of A100, H100, H200, L4, L40S, A10, HGX B200 and GB200 (half of the sparse figure where
-# only that is printed); NVIDIA Ampere GA102, Ada and RTX Blackwell white papers for the GeForce and RTX cards (FP32
-# accumulation); Google Cloud TPU documentation, "System architecture", per chip. The first entry whose words all occur in
+# Sources: NVIDIA data sheets of A100, H100 SXM, H200 SXM, L4, L40, L40S, HGX B200 and GB200 (half of the sparse figure where
+# only that is printed); Ada white paper for the RTX 4090 (FP32 accumulation); Google Cloud TPU documentation, "System
+# architecture", per chip. Cards whose figures could not be confirmed are not here. The first entry whose words all occur in
 # the device kind decides, so the special case stands before the general one.
 _PEAKS: tuple[tuple[str, Peak], ...] = (
     ("NVIDIA GB200", Peak(2500 * _T, 1250 * _T)),
     ("NVIDIA B200", Peak(2250 * _T, 1100 * _T)),
-    ("NVIDIA H200 NVL", Peak(835.5 * _T, 417.5 * _T)),
     ("NVIDIA H200", Peak(989.4 * _T, 494.7 * _T)),
     ("NVIDIA GH200", Peak(989.4 * _T, 494.7 * _T)),
-    ("NVIDIA H100 NVL", Peak(835.5 * _T, 417.5 * _T)),
-    ("NVIDIA H100 PCIe", Peak(756.5 * _T, 378.0 * _T)),
     ("NVIDIA H100", Peak(989.4 * _T, 494.7 * _T)),
     ("NVIDIA A100", Peak(312.0 * _T, 156.0 * _T)),
     ("NVIDIA L40S", Peak(362.05 * _T, 183.0 * _T)),
     ("NVIDIA L40", Peak(181.05 * _T, 90.5 * _T)),
     ("NVIDIA L4", Peak(121.0 * _T, 60.0 * _T)),
-    ("NVIDIA A10", Peak(125.0 * _T, 62.5 * _T)),
-    ("NVIDIA RTX 6000 Ada", Peak(364.2 * _T, 182.1 * _T)),
-    ("NVIDIA RTX A6000", Peak(154.8 * _T, 77.4 * _T)),
-    ("NVIDIA GeForce RTX 5090", Peak(209.5 * _T, 104.8 * _T)),
     ("NVIDIA GeForce RTX 4090", Peak(165.2 * _T, 82.6 * _T)),
-    ("NVIDIA GeForce RTX 3090", Peak(71.0 * _T, 35.6 * _T)),
-    # JAX shows the two cores of v2, v3 and TPU7x as two devices, those of v4 and v5p as one.
-    ("TPU v2", Peak(22.5 * _T, 22.5 * _T)),
-    ("TPU v3", Peak(61.5 * _T, 61.5 * _T)),
+    # JAX shows the two cores of TPU7x as two devices, those of v4 and v5p as one.
     ("TPU v4 lite", Peak(138.0 * _T, 138.0 * _T)),
     ("TPU v4", Peak(275.0 * _T, 275.0 * _T)),
     ("TPU v5 lite", Peak(197.0 * _T, 197.0 * _T)),
@@ -56,7 +46,7 @@ _PEAKS: tuple[tuple[str, Peak], ...] = (
     ("TPU7x", Peak(1153.5 * _T, 1153.5 * _T)),
 )
 # Cards whose name contains that of another one, with another peak that is not in the table.
-_UNLISTED = ("MIG", "Laptop", "Max-Q", "3090 Ti", "4090 D", "5090 D", "A100X", "H100X")
+_UNLISTED = ("MIG", "Laptop", "Max-Q", "4090 D", "A100X", "H100X", "H100 NVL", "H100 PCIe", "H200 NVL")
 
 
 def peak_flops(device_kind: str, precision: str = "bfloat16") -> float | None:

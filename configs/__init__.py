@@ -1,0 +1,1 @@
+"""Configs: one page each. `from configs import tiny` lets one build on another."""

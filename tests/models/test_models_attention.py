@@ -1,0 +1,159 @@
+"""Softmax attention: every implementation against the definition; what is chosen and what is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import models
+from models.mixers import softmax
+from models.mixers.rotary import rotary_table, rotate
+from strata import ConfigError
+
+FORMS = [(4, 4), (4, 2), (4, 1)]
+
+
+def mixer_of(awake, implementation: str, heads: int, kv_heads: int, **fields):
+    """The first layer's attention, width 16 and heads of 8."""
+    mixer = {"name": "attention", "implementation": implementation, **fields}
+    model = awake({"width": 16, "layers": 1, "heads": heads, "kv_heads": kv_heads, "head_size": 8, "mixer": mixer})
+    graph, state = nnx.split(model.segments["segment0"].blocks["block0"].mixer)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+
+
+def output_and_gradients(mixer, x, segments, cotangent):
+    graph, state = nnx.split(mixer)
+
+    def forward(state, x):
+        mixer = nnx.merge(graph, state)
+        return mixer(x, mixer.prepare(x.shape[1], segments))
+
+    def both(state, x):
+        out, pull = jax.vjp(forward, state, x)
+        return out, pull(cotangent)
+
+    return jax.device_get(jax.jit(both)(state, x))
+
+
+@pytest.mark.parametrize("length", [1, 7, 65, 300])  # 300: more than one block of queries
+@pytest.mark.parametrize(("heads", "kv_heads"), FORMS)
+def test_xla_is_the_reference_forward_and_backward(awake, heads, kv_heads, length):
+    rng = np.random.default_rng(length)
+    x, cotangent = (jnp.asarray(rng.standard_normal((2, length, 16)), jnp.float32) for _ in range(2))
+    documents = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))), jnp.int32)
+    for window in (None, 5):
+        for segments in (None, documents):
+            fast, slow = (
+                output_and_gradients(mixer_of(awake, name, heads, kv_heads, window=window), x, segments, cotangent)
+                for name in ("xla", "reference")
+            )
+            largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(slow))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(10, largest)), fast, slow)  # noqa: B023
+
+
+def test_xla_in_bfloat16_is_near_the_float32_reference(awake):
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(rng.standard_normal((2, 65, 16)), jnp.float32) for _ in range(2))
+    exact = output_and_gradients(mixer_of(awake, "reference", 4, 2), x, None, cotangent)
+    half = jnp.bfloat16
+    for name in ("xla", "reference"):
+        rounded = output_and_gradients(mixer_of(awake, name, 4, 2), x.astype(half), None, cotangent.astype(half))
+        assert rounded[0].dtype == half
+        for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+            assert np.linalg.norm(a.astype(np.float32) - b) < 0.02 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_knowing_that_the_mask_is_causal_changes_nothing(name):
+    q, k, v = (jax.random.normal(key, (1, 300, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2)))
+    mask = softmax.attention_mask(jnp.arange(300), jnp.arange(300), window=200)
+    attend = jax.jit(softmax.IMPLEMENTATIONS[name], static_argnames="causal")
+    np.testing.assert_allclose(attend(q, k, v, mask, causal=True), attend(q, k, v, mask, causal=False), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_a_query_that_sees_only_itself_returns_its_own_value(awake, name):
+    mixer = mixer_of(awake, name, 4, 2, window=1)
+    x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+    value = np.repeat(np.asarray(mixer.value(x)).reshape(2, 6, 2, 8), 2, axis=2)
+    np.testing.assert_allclose(mixer(x, mixer.prepare(6, None)), mixer.out(jnp.asarray(value).reshape(2, 6, 32)), atol=1e-5)
+    # The first position, and a document of one token, see only themselves under any window.
+    wide = mixer_of(awake, name, 4, 2)
+    alone = wide(x, wide.prepare(6, jnp.broadcast_to(jnp.arange(1, 7)[None], (2, 6))))
+    np.testing.assert_allclose(alone, mixer(x, mixer.prepare(6, None)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_scores_far_apart_stay_finite(name):
+    q = 200.0 * jnp.ones((1, 4, 1, 8))
+    k = q * jnp.array([-1.0, 1.0, -1.0, 1.0])[None, :, None, None]
+    mask = softmax.attention_mask(jnp.arange(4), jnp.arange(4))
+
+    def total(q, k, v):
+        return jnp.sum(softmax.IMPLEMENTATIONS[name](q, k, v, mask))
+
+    found = jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, jax.random.normal(jax.random.key(0), (1, 4, 1, 8)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_the_mask_is_causal_windowed_and_by_document():
+    mask = softmax.attention_mask(jnp.arange(4), jnp.arange(4), window=2)
+    assert mask.astype(int)[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    ids = jnp.array([[1, 1, 2, 2], [1, 1, 1, 0]])
+    mask = softmax.attention_mask(jnp.arange(4), jnp.arange(4), query_segments=ids, key_segments=ids)
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask.astype(int)[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask.astype(int)[1, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_cudnn_by_name_is_refused_where_it_cannot_serve_in_training_and_in_decoding(config, tokens):
+    model = models.abstract(config(mixer={"name": "attention", "implementation": "cudnn"}), vocab_size=11)
+    with pytest.raises(ConfigError, match="'cudnn' cannot serve: the device is cpu, not an NVIDIA GPU"):
+        jax.eval_shape(lambda: model(tokens(1, 4)))
+    with pytest.raises(ConfigError, match="cannot serve"):
+        jax.eval_shape(lambda: model.step(tokens(1, 1), model.init_cache(1, 4)))
+
+
+def test_auto_says_what_it_chose_and_why(monkeypatch):
+    name, why = softmax.choose("auto", jnp.dtype("float32"), 64)
+    assert (name, why) == ("xla", "cuDNN cannot serve: the device is cpu, not an NVIDIA GPU")
+    assert softmax.choose("reference", jnp.dtype("float32"), 64) == ("reference", "asked for by name")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert softmax.choose("auto", jnp.dtype("bfloat16"), 64)[0] == "cudnn"
+    assert softmax.choose("cudnn", jnp.dtype("bfloat16"), 64)[0] == "cudnn"
+    for dtype, size, reason in (("float32", 64, "train.precision gives float32"), ("bfloat16", 36, "head size 36")):
+        name, why = softmax.choose("auto", jnp.dtype(dtype), size)
+        assert name == "xla" and reason in why
+        with pytest.raises(ConfigError, match=reason):
+            softmax.choose("cudnn", jnp.dtype(dtype), size)
+
+
+def test_the_first_position_is_not_rotated_and_norms_are_kept():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 3, 8))
+    turned = rotate(x, rotary_table(jnp.arange(9), 8, 10_000.0))
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-6)
+    assert np.abs(turned - x)[:, 1:].max() > 0.1
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    table = rotary_table(jnp.arange(20), 8, 100.0)
+    turned_q, turned_k = (rotate(jnp.broadcast_to(x, (1, 20, 1, 8)), table)[0, :, 0] for x in (q, k))
+    scores = np.asarray(turned_q @ turned_k.T)
+    for distance in range(-19, 20):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+    assert np.std(scores[0]) > 0.1
+
+
+def test_rotation_turns_pair_i_by_position_times_theta_to_minus_2i_over_d():
+    x = np.random.default_rng(0).standard_normal((1, 5, 1, 6))
+    pair = x[..., :3] + 1j * x[..., 3:]
+    turned = pair * np.exp(1j * np.arange(10, 15)[None, :, None, None] * 50.0 ** (-2 * np.arange(3) / 6))
+    found = rotate(jnp.asarray(x, jnp.float32), rotary_table(jnp.arange(10, 15), 6, 50.0))
+    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)
