@@ -1,7 +1,8 @@
 """One.
 
-    python -m trainer --config configs/tiny.py
+python -m trainer --config configs/tiny.py
 """
+
 from ml_collections import ConfigDict
 
 

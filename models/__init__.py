@@ -15,7 +15,7 @@ _homes = {
     "parameter_shardings": "models.construct",
     "cross_entropy": "models.loss",
 }
-__all__ = [*_homes]
+__all__ = ["abstract", "build", "cross_entropy", "parameter_shardings"]
 
 
 def __getattr__(name: str) -> Any:

@@ -94,7 +94,8 @@ def _chunk(h, targets, weights, kernel, cap):
     tokens = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, :]
     hit = tokens == targets[..., None]
     chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    nats = jnp.log(total[..., 0]) + top[..., 0] - chosen
+    # Large logits cancel before the small logarithm is added, which would otherwise lose its last digits.
+    nats = jnp.log(total[..., 0]) + (top[..., 0] - chosen)
     dlogits = (exponent / total - hit) * weights[..., None]
     if cap is not None:
         dlogits = dlogits * (1 - jnp.square(logits / cap))

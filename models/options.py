@@ -138,12 +138,10 @@ class Model:
     def problems(self) -> Problems:
         """Combinations of sizes that cannot work."""
         if self.head_size is None and self.width % self.query_heads:
+            divisors = [n for n in range(1, self.width + 1) if self.width % n == 0][:12]
             yield (
                 "heads",
-                (
-                    f"{self.query_heads} heads do not divide width {self.width}; "
-                    f"give model.head_size, or take heads from {[n for n in range(1, self.width + 1) if self.width % n == 0][:12]}"
-                ),
+                f"{self.query_heads} heads do not divide width {self.width}; give model.head_size, or heads from {divisors}",
             )
         elif self.head_units % 2:
             yield "head_size", f"rotary positions need an even head size, not {self.head_units} (width / heads)"

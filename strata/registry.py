@@ -48,7 +48,11 @@ def names(kind: str) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> type:
-    """The options class of a component; it carries `kind`, `name` and `implemented_by`. Raises `LookupError` with the nearest names."""
+    """The options class of a component; it carries `kind`, `name` and `implemented_by`.
+
+    Raises:
+      LookupError: nothing is registered so; the message has the nearest names.
+    """
     try:
         return _components[kind][name]
     except KeyError:

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.runs import Run, load
     from trainer.loop import Result, train
+    from trainer.runs import Run, load
 
 _homes = {"train": "trainer.loop", "Result": "trainer.loop", "load": "trainer.runs", "Run": "trainer.runs"}
 __all__ = ["Result", "Run", "load", "train"]

@@ -20,6 +20,7 @@ from trainer.flops import FORMULA, training_flops
 from trainer.options import Config
 from trainer.setup import Setup, assemble
 
+TEXT_COLUMNS = ("role", "path", "shape", "axes", "rule", "Newton-Schulz", "split")
 PLOT_WIDTH, PLOT_HEIGHT = 60, 6
 
 
@@ -37,9 +38,7 @@ def dry_run(config: Config) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in columns:
-        table.add_column(
-            column, justify="left" if column in ("role", "path", "shape", "axes", "rule", "Newton-Schulz", "split") else "right"
-        )
+        table.add_column(column, justify="left" if column in TEXT_COLUMNS else "right")
     return table
 
 
@@ -88,7 +87,8 @@ def _work(setup: Setup) -> list[str]:
     flops = training_flops(setup.model, config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
     lines = [
-        f"work: {flops.per_token / 1e6:,.2f} MFLOP a token ({flops.per_token_full / 1e6:,.2f} without the causal half): {FORMULA}",
+        f"work: {flops.per_token / 1e6:,.2f} MFLOP a token ({flops.per_token_full / 1e6:,.2f} without the causal half): "
+        f"{FORMULA}",
         f"      {flops.per_token * tokens / 1e9:,.2f} GFLOP a step of {tokens:,} tokens; "
         f"{flops.per_token * tokens * config.train.steps:.3g} FLOP for {tokens * config.train.steps:,} tokens in "
         f"{config.train.steps:,} steps",
@@ -145,9 +145,8 @@ def _rates(config: Config) -> list[str]:
     lines = []
     for group, rates in values.items():
         top = max(rates.max(), 1e-30)
-        lines.append(
-            f"learning rate of group {group!r}: {rates[0]:.3g} at step 1, at most {rates.max():.3g}, {rates[-1]:.3g} at step {steps:,}"
-        )
+        ends = f"{rates[0]:.3g} at step 1, at most {rates.max():.3g}, {rates[-1]:.3g} at step {steps:,}"
+        lines.append(f"learning rate of group {group!r}: {ends}")
         for level in range(PLOT_HEIGHT, 0, -1):
             row = "".join("#" if rate > top * (level - 0.5) / PLOT_HEIGHT else " " for rate in rates)
             lines.append(f"  {top * level / PLOT_HEIGHT:9.3g} |{row.rstrip()}")

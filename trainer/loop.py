@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 import optim
 from strata import Diverged, Preempted
@@ -121,6 +121,7 @@ class Loop:
             stop = stack.enter_context(StopRequest())
             stack.enter_context(jax.set_mesh(self.setup.mesh))
             stack.callback(self.checkpointer.close)
+            stack.callback(gc.unfreeze)
             state, host, done = self._restore()
             self._write_first_files(done)
             self.reporter = stack.enter_context(Reporter(self.config, self.directory, self.setup, done, host))
@@ -187,6 +188,10 @@ class Loop:
             state, metrics = self.train_step(state, placed, self.setup.put_scalars(rates))
             stopping = self._read(pending, state, stop)
             pending = (step, metrics, rates)
+            if step == done + 1:
+                # What start-up made lives as long as the run; without this, collections walk through it for ever.
+                gc.collect()
+                gc.freeze()
             last = step == config.train.steps
             evaluating = last or (config.evaluate.every and step % config.evaluate.every == 0)
             saving = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
@@ -267,10 +272,11 @@ class Loop:
         limit = ""
         if self.config.train.nonfinite == "skip":
             limit = f"; {report['skipped']} updates were skipped, and train.skip_limit is {self.config.train.skip_limit}"
+        first, last = before["examples"], after["examples"] - 1
         raise Diverged(
-            f"the loss or gradient of step {step} is not finite (loss {report['loss']}, gradient norm {report['grad_norm']}){limit}. "
-            f"Its batch is examples {before['examples']} to {after['examples'] - 1} of the data; the state before it is saved as "
-            f"step {step - 1} in {self.directory.checkpoints}, and the details are in {self.directory.path / 'nonfinite.json'}."
+            f"the loss or gradient of step {step} is not finite (loss {report['loss']}, gradient norm {report['grad_norm']})"
+            f"{limit}. Its batch is examples {first} to {last} of the data; the state before it is saved as step {step - 1} in "
+            f"{self.directory.checkpoints}, and the details are in {self.directory.path / 'nonfinite.json'}."
         )
 
 

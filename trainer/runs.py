@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from strata import StrataError
+from strata import ConfigError, StrataError
 from trainer import config as configuration
 from trainer.checkpoint import Checkpointer
 from trainer.data.tokenizer import Tokenizer
-from trainer.options import Config
-from trainer.setup import Setup, abstract_params, assemble
+from trainer.options import Config, Mesh
+from trainer.setup import Setup, abstract_params, assemble, make_mesh
 
 
 @dataclasses.dataclass
@@ -26,7 +26,7 @@ class Run:
     step: int
     model: nnx.Module  # with the parameters of that step
     setup: Setup
-    notes: tuple[str, ...]  # defaults that were added since the run was made
+    notes: tuple[str, ...]  # defaults that were added since the run was made; another mesh than the run's
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -40,7 +40,7 @@ class Run:
 
 
 def load(run_dir: str | Path, step: int | str | None = None) -> Run:
-    """Open a run directory.
+    """Open a run directory, on the run's own mesh or, where there are too few devices for it, on one device.
 
     Args:
       run_dir: a directory with `config.json` and `checkpoints/`.
@@ -54,9 +54,19 @@ def load(run_dir: str | Path, step: int | str | None = None) -> Run:
     if not (directory / "config.json").is_file():
         raise configuration_error(directory)
     loaded = configuration.load(str(directory / "config.json"))
-    setup = assemble(loaded.config)
+    config, notes = _on_these_devices(loaded.config)
+    setup = assemble(config)
     params, found = restore_params(directory, setup, step)
-    return Run(directory, loaded.config, found, nnx.merge(setup.graph, nnx.State(params)), setup, loaded.notes)
+    return Run(directory, loaded.config, found, nnx.merge(setup.graph, nnx.State(params)), setup, (*loaded.notes, *notes))
+
+
+def _on_these_devices(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The config on its own mesh, or on one device where there are too few for that, with a note."""
+    try:
+        make_mesh(config)
+    except ConfigError as error:
+        return dataclasses.replace(config, mesh=Mesh()), (f"{error}; the run is opened on one device instead",)
+    return config, ()
 
 
 def restore_params(directory: Path, setup: Setup, step: int | str | None) -> tuple[Any, int]:
@@ -96,7 +106,5 @@ def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, in
 
 def configuration_error(directory: Path) -> Exception:
     """The error for a path that is not a run directory."""
-    from strata import ConfigError
-
     what = "has no config.json, so it is not a run" if directory.is_dir() else "does not exist"
     return ConfigError(f"run directory {directory} {what}")

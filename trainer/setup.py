@@ -124,18 +124,24 @@ def abstract_params(model: nnx.Module) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(nnx.state(model)))
 
 
-def assemble(config: Config) -> Setup:
-    """Build every part of a run but its parameters.
-
-    Raises:
-      ConfigError, DataError: what only JAX or the data can tell, in the same words as validation.
-    """
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """The mesh of a run. Raises `ConfigError` if these devices cannot give it, or the batch does not divide over it."""
     mesh = devices.make_mesh(config.mesh)
     if config.data.batch_size // config.train.accumulation % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ConfigError(
             f"data.batch_size = {config.data.batch_size} in {config.train.accumulation} micro-batches does not divide over "
             f"mesh.data x mesh.fsdp = {mesh.shape['data'] * mesh.shape['fsdp']} devices"
         )
+    return mesh
+
+
+def assemble(config: Config) -> Setup:
+    """Build every part of a run but its parameters.
+
+    Raises:
+      ConfigError, DataError: what only JAX or the data can tell, in the same words as validation.
+    """
+    mesh = make_mesh(config)
     dataset = data.build(config.data, config.seed)
     model = models.abstract(
         config.model, vocab_size=dataset.vocab_size, precision=config.train.precision, remat=config.train.remat

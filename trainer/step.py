@@ -30,7 +30,7 @@ def initial_state(params: Any, transformation: optax.GradientTransformation) -> 
 def sums(
     graph: nnx.GraphDef, params: Any, batch: Batch, token_bytes: jax.Array | None, chunk: int | None, depth: Any = None
 ) -> dict[str, jax.Array]:
-    """What a batch adds up to: `nats`, `tokens` scored, tokens guessed `right`, raw `bytes` they stand for, `auxiliary` loss."""
+    """What a batch adds up to: `nats`, `tokens` scored, those guessed `right`, raw `bytes` they stand for, `auxiliary` loss."""
     model = nnx.merge(graph, nnx.State(params))
     h, auxiliary = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"], depth=depth)
     nats, right = cross_entropy(

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import models
 from models.mixers import softmax
 from models.mixers.rotary import rotary_table, rotate
 from strata import ConfigError
-
-FORMS = [(4, 4), (4, 2), (4, 1)]
 
 
 def mixer_of(awake, implementation: str, heads: int, kv_heads: int, **fields):
@@ -24,43 +21,56 @@ def mixer_of(awake, implementation: str, heads: int, kv_heads: int, **fields):
     return nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
 
 
-def output_and_gradients(mixer, x, segments, cotangent):
-    graph, state = nnx.split(mixer)
+def outputs_and_gradients(mixers, x, segments, cotangent):
+    """Output and gradients (parameters, input) of each mixer, in one program."""
+    graphs, states = zip(*(nnx.split(mixer) for mixer in mixers), strict=True)
 
-    def forward(state, x):
-        mixer = nnx.merge(graph, state)
-        return mixer(x, mixer.prepare(x.shape[1], segments))
+    def both(states, x):
+        found = []
+        for graph, state in zip(graphs, states, strict=True):
 
-    def both(state, x):
-        out, pull = jax.vjp(forward, state, x)
-        return out, pull(cotangent)
+            def forward(state, x, graph=graph):
+                mixer = nnx.merge(graph, state)
+                return mixer(x, mixer.prepare(x.shape[1], segments))
 
-    return jax.device_get(jax.jit(both)(state, x))
+            out, pull = jax.vjp(forward, state, x)
+            found.append((out, pull(cotangent)))
+        return found
+
+    return jax.device_get(jax.jit(both)(states, x))
 
 
-@pytest.mark.parametrize("length", [1, 7, 65, 300])  # 300: more than one block of queries
-@pytest.mark.parametrize(("heads", "kv_heads"), FORMS)
-def test_xla_is_the_reference_forward_and_backward(awake, heads, kv_heads, length):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "window", "documents"),
+    [
+        (4, 4, 1, None, False),
+        (4, 1, 1, 5, True),
+        (4, 4, 7, 3, True),
+        (4, 1, 7, None, False),
+        (4, 2, 65, 5, False),
+        (4, 1, 65, None, True),
+        (4, 4, 65, None, False),
+        (4, 2, 300, None, False),  # long enough to be cut into blocks of queries
+        (4, 1, 300, 150, True),
+    ],
+)
+def test_xla_is_the_reference_forward_and_backward(awake, heads, kv_heads, length, window, documents):
     rng = np.random.default_rng(length)
     x, cotangent = (jnp.asarray(rng.standard_normal((2, length, 16)), jnp.float32) for _ in range(2))
-    documents = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))), jnp.int32)
-    for window in (None, 5):
-        for segments in (None, documents):
-            fast, slow = (
-                output_and_gradients(mixer_of(awake, name, heads, kv_heads, window=window), x, segments, cotangent)
-                for name in ("xla", "reference")
-            )
-            largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(slow))
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(10, largest)), fast, slow)  # noqa: B023
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))), jnp.int32) if documents else None
+    both = [mixer_of(awake, name, heads, kv_heads, window=window) for name in ("xla", "reference")]
+    fast, slow = outputs_and_gradients(both, x, segments, cotangent)
+    for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
 def test_xla_in_bfloat16_is_near_the_float32_reference(awake):
     rng = np.random.default_rng(0)
     x, cotangent = (jnp.asarray(rng.standard_normal((2, 65, 16)), jnp.float32) for _ in range(2))
-    exact = output_and_gradients(mixer_of(awake, "reference", 4, 2), x, None, cotangent)
+    (exact,) = outputs_and_gradients([mixer_of(awake, "reference", 4, 2)], x, None, cotangent)
     half = jnp.bfloat16
-    for name in ("xla", "reference"):
-        rounded = output_and_gradients(mixer_of(awake, name, 4, 2), x.astype(half), None, cotangent.astype(half))
+    both = [mixer_of(awake, name, 4, 2) for name in ("xla", "reference")]
+    for rounded in outputs_and_gradients(both, x.astype(half), None, cotangent.astype(half)):
         assert rounded[0].dtype == half
         for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
             assert np.linalg.norm(a.astype(np.float32) - b) < 0.02 * np.linalg.norm(b)
@@ -68,7 +78,7 @@ def test_xla_in_bfloat16_is_near_the_float32_reference(awake):
 
 @pytest.mark.parametrize("name", ["xla", "reference"])
 def test_knowing_that_the_mask_is_causal_changes_nothing(name):
-    q, k, v = (jax.random.normal(key, (1, 300, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2)))
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 300, heads, 8)) for i, heads in enumerate((4, 2, 2)))
     mask = softmax.attention_mask(jnp.arange(300), jnp.arange(300), window=200)
     attend = jax.jit(softmax.IMPLEMENTATIONS[name], static_argnames="causal")
     np.testing.assert_allclose(attend(q, k, v, mask, causal=True), attend(q, k, v, mask, causal=False), atol=1e-6)
@@ -109,8 +119,8 @@ def test_the_mask_is_causal_windowed_and_by_document():
     assert mask.astype(int)[1, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
 
 
-def test_cudnn_by_name_is_refused_where_it_cannot_serve_in_training_and_in_decoding(config, tokens):
-    model = models.abstract(config(mixer={"name": "attention", "implementation": "cudnn"}), vocab_size=11)
+def test_cudnn_by_name_is_refused_where_it_cannot_serve_in_training_and_in_decoding(config, awake, tokens):
+    model = awake(config(mixer={"name": "attention", "implementation": "cudnn"}))
     with pytest.raises(ConfigError, match="'cudnn' cannot serve: the device is cpu, not an NVIDIA GPU"):
         jax.eval_shape(lambda: model(tokens(1, 4)))
     with pytest.raises(ConfigError, match="cannot serve"):

@@ -19,9 +19,7 @@ def shapes(config) -> list:
 
 def test_a_dict_a_config_dict_and_options_give_the_same_model():
     tree = {"width": 32, "layers": 3, "heads": 4, "norm": {"name": "layer_norm", "bias": True}, "ffn": {"name": "relu2"}}
-    option = options.Model(
-        width=32, layers=3, heads=4, norm=options.LayerNorm(bias=True), ffn=options.SquaredReLU()
-    )
+    option = options.Model(width=32, layers=3, heads=4, norm=options.LayerNorm(bias=True), ffn=options.SquaredReLU())
     made = [models.abstract(given, vocab_size=11) for given in (tree, ml_collections.ConfigDict(tree), option)]
     assert made[0].options == made[1].options == made[2].options == option
     assert shapes(tree) == shapes(ml_collections.ConfigDict(tree)) == shapes(option)

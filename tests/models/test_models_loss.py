@@ -32,9 +32,7 @@ def direct(h, kernel, targets, weights, cap=None):
 
 
 def gradients(function, scale=1.0):
-    return jax.jit(
-        jax.value_and_grad(lambda h, kernel, *rest: scale * function(h, kernel, *rest)[0], argnums=(0, 1))
-    )
+    return jax.jit(jax.value_and_grad(lambda h, kernel, *rest: scale * function(h, kernel, *rest)[0], argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 9, 10_000])
@@ -91,12 +89,12 @@ def test_tokens_of_weight_zero_change_nothing_and_none_at_all_gives_zero():
     assert [float(x) for x in entropy(h, kernel, targets, jnp.zeros_like(weights))] == [0, 0]
 
 
-def test_a_constant_shift_of_huge_logits_is_harmless():
+def test_a_constant_shift_of_huge_logits_costs_no_digits():
     h = jnp.ones((1, 2, 1))
-    kernel = jnp.array([[1e4, 1e4 + 1, 1e4 - 2]])
+    kernel = jnp.array([[1e6, 1e6 + 1, 1e6 - 2]])
     nats, right = models.cross_entropy(h, kernel, jnp.array([[0, 1]]), jnp.ones((1, 2)))
     expected = 2 * math.log(1 + math.e + math.exp(-2)) - 1
-    assert float(nats) == pytest.approx(expected, rel=1e-5) and float(right) == 1
+    assert float(nats) == pytest.approx(expected, rel=1e-6) and float(right) == 1
 
 
 def test_among_equal_logits_the_first_is_the_guess_so_that_a_zero_head_is_not_all_right():
@@ -121,10 +119,12 @@ def test_a_bfloat16_gradient_is_scaled_in_float32():
     h, kernel, targets, weights = problem()
     scale = 1 / 3  # bfloat16 would make it 0.334
     plain, scaled = (
-        gradients(models.cross_entropy, factor)(h.astype(jnp.bfloat16), kernel, targets, weights)[1][0] for factor in (1.0, scale)
+        gradients(models.cross_entropy, factor)(h.astype(jnp.bfloat16), kernel, targets, weights)[1][0]
+        for factor in (1.0, scale)
     )
     expected = np.asarray(plain.astype(jnp.float32) * np.float32(scale))
-    ratio = (np.abs(scaled.astype(jnp.float32)) / np.abs(expected))[np.abs(expected) > 0]
+    kept = np.abs(expected) > 0
+    ratio = np.asarray(scaled.astype(jnp.float32))[kept] / expected[kept]
     assert abs(np.mean(ratio) - 1) < 4e-4  # rounding to bfloat16 first: 9.8e-4 to one side
 
 
