@@ -1,17 +1,27 @@
-"""One.
+"""A byte-level transformer of 0.87 M parameters on the source of Python's own standard library (11.7 MB, 704 files).
 
-python -m trainer --config configs/tiny.py
+    python -m trainer --config configs/tiny.py
+
+RESULT
+
+The data depends on the Python version, so compare results within one; its fingerprint is printed and recorded.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c = ConfigDict()
-    c.train = dict(steps=40)
-    c.evaluate = dict(every=20, batches=2, final_batches=3)
-    c.checkpoint = dict(every=20)
-    c.data = ConfigDict(dict(name="python_source", sequence_length=256, batch_size=16))
-    c.model = ConfigDict(dict(width=128, layers=4, heads=4))
-    c.optimizer = ConfigDict(dict(direction=dict(name="adamw", learning_rate=3e-3, b2=0.95)))
-    return c
+    """`arg` is unused."""
+    del arg
+    config = ConfigDict()
+    config.data = dict(name="python_source", sequence_length=256, batch_size=16)
+    config.model = dict(width=128, layers=4, heads=4)
+    config.optimizer = dict(
+        direction=dict(name="muon", learning_rate=0.02, rest=dict(name="adamw", learning_rate=3e-3, weight_decay=0.0)),
+        schedule=dict(name="linear"),
+    )
+    config.train = dict(steps=1000)
+    config.evaluate = dict(every=250, batches=8)
+    config.checkpoint = dict(every=250)
+    config.log = dict(sample="def ", sample_tokens=250)
+    return config

@@ -7,8 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-CHUNK_BYTES = 64 * 2**20
-"""Default size of the float32 logits that exist at one time."""
+from models import sharding
+
+CHUNK_BYTES = {"cpu": 64 * 2**20}
+OTHER_CHUNK_BYTES = 512 * 2**20
+"""Default size of the float32 logits that exist at one time on a device, by platform.
+
+Each chunk adds to the gradient of the whole head, so chunks must not be small where memory is plenty."""
 
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -33,15 +38,21 @@ def cross_entropy(
       targets: int32 [B, T].
       weights: float32 [B, T]; 0 leaves a token out. Data: no gradient is taken with respect to them.
       cap: soft-cap of the logits.
-      chunk: tokens whose logits exist at once, rounded down to whole columns of the batch so that its sharding is kept;
-        None fits them into `CHUNK_BYTES`. When T is no multiple of it, the last chunk is padded with weight 0.
+      chunk: tokens whose logits exist at once, over all devices, rounded down to whole columns of the batch so that its
+        sharding is kept; None fits those of a device into its `CHUNK_BYTES`. When T is no multiple of it, the last chunk is
+        padded with weight 0.
+
+    The derivative is written out, so that forward-mode differentiation (`jax.jvp`) of the loss is an error.
 
     Returns:
       Float32 scalars: sum of weights * nats, and sum of weights where the target is the argmax (the first of equal logits).
     """
     batch, length, _ = h.shape
-    chunk = chunk or CHUNK_BYTES // (4 * kernel.shape[1])
-    columns = min(length, max(1, chunk // batch))
+    if chunk is None:
+        size = CHUNK_BYTES.get(jax.default_backend(), OTHER_CHUNK_BYTES)
+        chunk = sharding.shards_of("batch") * size // (4 * kernel.shape[1])
+    count = -(-length // max(1, chunk // batch))
+    columns = -(-length // count)  # as even as they can be, since the last chunk is padded to the same size
     return _summed(h, kernel, targets, weights, cap, columns)
 
 
@@ -65,12 +76,16 @@ def _forward(h, kernel, targets, weights, cap, columns):
         nats, right, dkernel = carry
         loss, correct, dlogits = _chunk(*part, cast, cap)
         dh = jnp.einsum("btv,dv->btd", dlogits, cast).astype(h.dtype)
-        dkernel = dkernel + jnp.einsum("btd,btv->dv", part[0], dlogits, preferred_element_type=jnp.float32)
+        rows, slopes = (x.reshape(shards, -1, *x.shape[1:]) for x in (part[0], dlogits))
+        added = jnp.einsum("sbtd,sbtv->sdv", rows, slopes, preferred_element_type=jnp.float32)
+        dkernel = sharding.constrain(dkernel + added, ("batch", None, "vocab"))
         return (nats + loss, right + correct, dkernel), dh
 
-    start = (jnp.float32(0), jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
+    # One gradient of the head for each part of the batch, summed at the end: one reduction over devices, not one a chunk.
+    shards = sharding.shards_of("batch")
+    start = (jnp.float32(0), jnp.float32(0), jnp.zeros((shards, *kernel.shape), jnp.float32))
     (nats, right, dkernel), dh = _over_chunks(add, (h, targets, weights), columns, start)
-    return (nats, right), (dh, dkernel, targets, weights)
+    return (nats, right), (dh, jnp.sum(dkernel, axis=0), targets, weights)
 
 
 def _backward(cap, columns, residual, cotangents):

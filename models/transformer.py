@@ -27,7 +27,7 @@ class Transformer(nnx.Module):
     def __init__(self, model: options.Model, *, vocab_size: int, precision: str, remat: str, rngs: nnx.Rngs):
         self.options, self.vocab_size, self.remat = model, vocab_size, remat
         self.dtype = jnp.dtype(precision)
-        # A tied table is also the head, whose logits should start small: unit rows would give logits of size sqrt(width).
+        # A tied table is also the head: with this and the factor in `output_kernel`, every logit starts at about 1 or below.
         std = model.width**-0.5 if model.tie_embeddings else 1.0
         self.embedding = Embedding(vocab_size, model.width, std=std, rngs=rngs)
         keys = jax.random.split(rngs.params(), model.layers).reshape(model.layers, 1)
@@ -68,8 +68,14 @@ class Transformer(nnx.Module):
         return softcap(jnp.dot(h, kernel, preferred_element_type=jnp.float32), self.options.logit_softcap)
 
     def output_kernel(self) -> jax.Array:
-        """The float32 matrix [width, vocab] of the head; a tied model's table, transposed."""
-        return self.embedding.table[...].T if self.head_kernel is None else self.head_kernel[...]
+        """The float32 matrix [width, vocab] of the head.
+
+        A tied model's is its table, transposed and times width**-0.5 (as in T5, arXiv:1910.10683): while all layers are the
+        identity, the final hidden state is parallel to the token's own row, whose logit would otherwise be sqrt(width).
+        """
+        if self.head_kernel is not None:
+            return self.head_kernel[...]
+        return self.embedding.table[...].T * self.options.width**-0.5
 
     def init_cache(self, batch: int, length: int) -> dict[str, Any]:
         """An empty cache for `batch` sequences of at most `length` tokens.

@@ -39,6 +39,7 @@ class Declared:
     most: float | None = None
     among: tuple[Any, ...] | None = None
     key: Key | None = None  # None: the class of the enclosing field, "semantic" at the root
+    added: str | None = None  # the version that added the field, if not the first
     part: str | None = None  # the registry kind, for a component chosen by name
     many: bool = False  # a tuple of components
 
@@ -46,7 +47,7 @@ class Declared:
     def expected_range(self) -> str:
         """The bounds in words, such as `above 0, at most 1`."""
         words = [(self.above, "above"), (self.least, "at least"), (self.below, "below"), (self.most, "at most")]
-        bounds = ", ".join(f"{word} {bound:g}" for bound, word in words if bound is not None)
+        bounds = ", ".join(f"{word} {_number(bound)}" for bound, word in words if bound is not None)
         choices = f"one of {', '.join(repr(c) for c in self.among)}" if self.among else ""
         return ", ".join(filter(None, [bounds, choices]))
 
@@ -60,6 +61,10 @@ class Declared:
         return True
 
 
+def _number(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
 def option(
     default: Any,
     help: str,
@@ -70,6 +75,7 @@ def option(
     most: float | None = None,
     among: Sequence[Any] | None = None,
     key: Key | None = None,
+    added: str | None = None,
 ) -> Any:
     """A leaf field.
 
@@ -82,23 +88,32 @@ def option(
       key: `"semantic"` if a change makes it another experiment (resuming is refused, the run id changes),
         `"execution"` if it changes only how the same experiment is computed (allowed, recorded, announced as not
         bit-exact), `"cosmetic"` if it changes no number (names, logging, cadences).
+      added: the version that added the field. At its default, which is how older versions behaved, it stays out of the
+        run id, so that runs of older versions keep theirs.
     """
     declared = Declared(
-        help=help, above=above, least=least, below=below, most=most, among=tuple(among) if among else None, key=key
+        help=help,
+        above=above,
+        least=least,
+        below=below,
+        most=most,
+        among=tuple(among) if among else None,
+        key=key,
+        added=added,
     )
     return dataclasses.field(default=default, metadata={"declared": declared})
 
 
-def part(kind: str, default: str | None, help: str, *, key: Key | None = None) -> Any:
+def part(kind: str, default: str | None, help: str, *, key: Key | None = None, added: str | None = None) -> Any:
     """A component of registry `kind`, chosen by its leaf `name`; its own options sit beside the name.
 
     Args:
       kind: the registry kind, such as `"model.norm"`.
       default: the name used when the config gives none; None makes the component optional and absent.
       help: one line.
-      key: as in `option`, for the whole subtree.
+      key, added: as in `option`, for the whole subtree.
     """
-    declared = Declared(help=help, key=key, part=kind)
+    declared = Declared(help=help, key=key, part=kind, added=added)
     return dataclasses.field(default=default, metadata={"declared": declared})
 
 
@@ -107,9 +122,9 @@ def parts(kind: str, help: str, *, key: Key | None = None) -> Any:
     return dataclasses.field(default=(), metadata={"declared": Declared(help=help, key=key, part=kind, many=True)})
 
 
-def section(cls: type, help: str, *, key: Key | None = None) -> Any:
+def section(cls: type, help: str, *, key: Key | None = None, added: str | None = None) -> Any:
     """A fixed group of options, an instance of the options class `cls`."""
-    return dataclasses.field(default_factory=cls, metadata={"declared": Declared(help=help, key=key)})
+    return dataclasses.field(default_factory=cls, metadata={"declared": Declared(help=help, key=key, added=added)})
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, part, parts, section))

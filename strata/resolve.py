@@ -124,7 +124,10 @@ def _parts(declared: Declared, tree: Any, given: bool, field, where: str, found:
 def _part(declared: Declared, tree: Any, where: str, default: str | None, found: Resolution, cls: type, field) -> Any:
     source = defined_in(cls, field.name)
     if not isinstance(tree, Mapping):
+        known = registry.names(declared.part)
         message = f"expected a dict with a name; write {where}.name = {str(tree)!r} to choose a component"
+        if tree is None or str(tree) not in known:
+            message = f"expected a dict with a name, one of {', '.join(known)}"
         found.problems.append(Problem(where, message, tree, defined_in=source))
         return None
     name = tree.get("name", default)
@@ -157,6 +160,8 @@ def _unknown(cls: type, key: str, value: Any, path: str, fields: list[str]) -> P
         message += f"; did you mean {' or '.join(prefix + name for name in near)}?"
     if owners:
         message += f" (it is a field of {', '.join(owners)})"
+    if not message.endswith("?"):
+        message += "."
     message += f" Fields here: {', '.join(fields) or 'none'}."
     return Problem(where, message, value, defined_in=defined_in(cls))
 
@@ -177,17 +182,22 @@ def to_tree(value: Any) -> Any:
     return plain(value)
 
 
-def leaves(value: Any, path: str = "", key: str = "semantic") -> Iterator[tuple[str, Any, str]]:
-    """Every leaf of an options object as `(dotted path, plain value, key class)`."""
+def leaves(value: Any, path: str = "", key: str = "semantic", *, identity: bool = False) -> Iterator[tuple[str, Any, str]]:
+    """Every leaf of an options object as `(dotted path, plain value, key class)`.
+
+    With `identity`, fields that a later version added are left out while they have their default.
+    """
     if hasattr(type(value), "kind"):
         yield f"{path}.name", value.name, key
     for field in dataclasses.fields(value):
         declared, item = declaration(field), getattr(value, field.name)
         where, own = f"{path}.{field.name}" if path else field.name, declared.key or key
+        if identity and declared.added and item == getattr(type(value)(), field.name):
+            continue
         if dataclasses.is_dataclass(item):
-            yield from leaves(item, where, own)
+            yield from leaves(item, where, own, identity=identity)
         elif declared.many and item:
             for i, element in enumerate(item):
-                yield from leaves(element, f"{where}.{i}", own)
+                yield from leaves(element, f"{where}.{i}", own, identity=identity)
         else:
             yield where, to_tree(item), own

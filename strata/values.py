@@ -60,8 +60,8 @@ def coerce(value: Any, hint: Any) -> Any:
     if inner in (int, float) and not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
         number = float(value)
         if inner is float:
-            if math.isnan(number):
-                raise Mismatch("expected a number, not NaN")
+            if not math.isfinite(number):
+                raise Mismatch("expected a finite number")
             return number
         if isinstance(value, int):
             return value
@@ -91,7 +91,9 @@ def _parse(text: str, inner: Any) -> Any:
     if typing.get_origin(inner) is tuple:
         element = typing.get_args(inner)[0]
         if isinstance(literal, str):
-            literal = [part for part in literal.split(",")] if literal else []
+            # Not a literal: words without quotes, as in `a,b` or `[a, b]`.
+            inside = literal[1:-1] if literal[:1] + literal[-1:] in ("[]", "()") else literal
+            literal = [part.strip() for part in inside.split(",") if part.strip()]
         elif not isinstance(literal, (list, tuple)):
             literal = [literal]
         return [Text(item) if isinstance(item, str) and element is not str else item for item in literal]

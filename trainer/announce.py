@@ -67,6 +67,10 @@ def data_line(description: dict[str, Any]) -> str:
             words += [f"[{data_line(source)}]" for source in value]
         elif name == "fingerprint":
             words.append(f"fingerprint {value[:12]}")
+        elif name == "skipped_files" and any(value.values()):
+            words.append("skipped " + ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in value.items() if count))
+        elif name == "empty_documents" and value:
+            words.append(f"{value} empty")
         elif name in ("which", "python", "split", "tokenizer"):
             words.append(f"{name} {value}")
         elif isinstance(value, float):
@@ -74,19 +78,17 @@ def data_line(description: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
-def conclude(loop: Loop, state: Any) -> None:
+def conclude(loop: Loop, state: Any, evaluation: dict[str, float]) -> None:
     """Say the result, compare it with a compressor, sample text, and say where everything is."""
-    reporter, setup, config, directory = loop.reporter, loop.setup, loop.config, loop.directory
+    reporter, setup, directory = loop.reporter, loop.setup, loop.directory
     if reporter.console is not None:
         reporter.console.close()
-    loop.checkpointer.wait()
-    if jax.process_index() == 0:
-        directory.write_status("finished", config.train.steps)
     sample = _sample(loop, state)
     if jax.process_index() != 0:
         return
-    print(f"\nheld-out data: {describe(loop.evaluation)}")
-    if setup.dataset.raw is not None and (setup.dataset.validation_bytes or 0) <= LONGEST_TEXT_FOR_XZ:
+    print(f"\nheld-out data: {describe(evaluation)}")
+    scored = setup.dataset.validation_bytes
+    if setup.dataset.raw is not None and scored is not None and scored <= LONGEST_TEXT_FOR_XZ:
         raw = setup.dataset.raw_validation()
         if raw:
             packed = len(lzma.compress(raw, preset=9))

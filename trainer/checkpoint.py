@@ -299,6 +299,8 @@ class Checkpointer:
             if not leaf.size:
                 empty = np.zeros(leaf.shape, leaf.dtype)
                 arrays[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index, x=empty: x[index])
+        if not partial:
+            self._saved = chosen  # it is there and whole: saving the same state again would risk it for nothing
         host = json.loads((directory / _HOST).read_bytes())
         return Restored(jax.tree.unflatten(structure, [arrays[path] for path in wanted]), host, chosen)
 

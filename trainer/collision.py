@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGES = ("strata", "models", "optim", "kernels")
+PACKAGES = ("strata", "models", "optim", "kernels", "configs")
 
 
 class ForeignPackage(ImportError):

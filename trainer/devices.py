@@ -29,11 +29,11 @@ def start(
     tune_cpu()
     import jax
 
-    if coordinator or process_count:
+    if coordinator or process_count or process_index is not None:
         if not (coordinator and process_count and process_index is not None):
             raise ConfigError("--coordinator, --process_count and --process_index go together")
         jax.distributed.initialize(coordinator, process_count, process_index)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun step; a batch script alone is one process
         jax.distributed.initialize()
     use_compilation_cache()
 
@@ -112,4 +112,9 @@ def make_mesh(option: Mesh):
         raise ConfigError(f"mesh {shown} needs {total} devices and there are {count}")
     if jax.process_count() > 1 and total != count:
         raise ConfigError(f"mesh {shown} uses {total} of {count} devices; several processes must use all of them")
-    return jax.sharding.Mesh(np.array(jax.devices()[:total]).reshape(tuple(sizes.values())), tuple(sizes))
+    shape = tuple(sizes.values())
+    if total == count and jax.default_backend() == "tpu":  # neighbours on the interconnect become neighbours in the mesh
+        from jax.experimental import mesh_utils
+
+        return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape), tuple(sizes))
+    return jax.sharding.Mesh(np.array(jax.devices()[:total]).reshape(shape), tuple(sizes))

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import config as configuration
-
 
 def main(argv: Sequence[str]) -> int:
     """The command line; exits 0 whether or not the runs differ."""
@@ -17,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs=2, metavar="RUN", help="run directory")
     arguments = parser.parse_args(argv)
     from strata import ConfigError
+    from trainer import config as configuration
 
     before, after = (Path(run) for run in arguments.runs)
     for directory in (before, after):

@@ -5,30 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from trainer.setup import Setup
+if TYPE_CHECKING:  # not at run time: other packages of our names are looked for first (`trainer.command`)
+    from trainer.setup import Setup
+
+IN_FLIGHT = 4
+"""Batches of an evaluation that are dispatched before the oldest must be done."""
 
 
-def evaluate(setup: Setup, params: Any, step: Any, batches: int | None, batch_size: int | None = None) -> dict[str, float]:
-    """Score held-out data.
+def evaluate(setup: Setup, params: Any, step: Any, batches: int | None) -> dict[str, float]:
+    """Score held-out data, in batches of `evaluate.batch_size` sequences, by default those of a training micro-batch.
 
     Args:
       setup: of the run.
       params: nested dict of parameters.
       step: `setup.jitted_evaluation_step()`, compiled once for all evaluations of a run.
       batches: at most this many, spread over the held-out data; None: all of it.
-      batch_size: sequences a batch; None: as in training.
 
     Returns:
       `loss` in nats per token, `perplexity`, `tokens`; `bpb` where tokens stand for bytes; `accuracy` where it means
       something; equal on every process.
     """
-    rows = setup.dataset.validation(batch_size, batches, process_index=jax.process_index(), process_count=jax.process_count())
-    parts = [step(params, setup.put_batch(batch)) for batch in rows]
+    config = setup.config
+    size = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation
+    parts: list[Any] = []
+    for batch in setup.dataset.validation(size, batches, **setup.share(size)):
+        parts.append(step(params, setup.put_batch(batch, size)))
+        if len(parts) > IN_FLIGHT:  # the host must not run ahead and fill the device with batches
+            jax.block_until_ready(parts[-IN_FLIGHT])
     # Added in float64 on the host: a float32 sum over millions of tokens would lose digits.
     parts = jax.device_get(parts)
     return summary(setup, {name: sum(float(part[name]) for part in parts) for name in parts[0]})
@@ -68,23 +77,30 @@ def steps_argument(text: str) -> int | str:
     return int(text)
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for a flag."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
 def main(argv: Sequence[str]) -> int:
     """The command line; prints one line of words and one of JSON."""
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__)
     parser.add_argument("--run", required=True, help="run directory")
     parser.add_argument("--step", type=steps_argument, default=None, help="a checkpoint's step, best, or latest (default)")
-    parser.add_argument("--batches", type=int, default=None, help="batches spread over the held-out data (default: all)")
+    parser.add_argument("--batches", type=positive, default=None, help="batches spread over the held-out data (default: all)")
     parser.add_argument("--depth", default=None, help="another way to run the same weights, as JSON with a name")
     arguments = parser.parse_args(argv)
     from trainer import devices, load
 
     devices.use_compilation_cache()
     run = load(arguments.run, arguments.step)
-    for note in run.notes:
-        print(f"note: {note}")
+    for note in [*run.notes, *run.data_notes()]:
+        print(f"note: {note}", file=sys.stderr)
     step = run.setup.jitted_evaluation_step(depth=read_depth(arguments.depth))
     with jax.set_mesh(run.setup.mesh):
-        found = evaluate(run.setup, run.params, step, arguments.batches, run.config.evaluate.batch_size)
+        found = evaluate(run.setup, run.params, step, arguments.batches)
     print(f"{run.directory} step {run.step}: {describe(found)}")
     print(json.dumps({"run": str(run.directory), "step": run.step} | found))
     return 0

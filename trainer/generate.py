@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from trainer.evaluate import read_depth, steps_argument
+from trainer.evaluate import positive, read_depth, steps_argument
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,23 +15,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", required=True, help="run directory")
     parser.add_argument("--step", type=steps_argument, default=None, help="a checkpoint's step, best, or latest (default)")
     parser.add_argument("--prompt", action="append", default=None, help="text to continue; several are run as one batch")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens to draw for each prompt")
+    parser.add_argument("--tokens", type=positive, default=200, help="tokens to draw for each prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    parser.add_argument("--top_k", type=int, default=None, help="draw among this many most likely tokens")
+    parser.add_argument("--top_k", type=positive, default=None, help="draw among this many most likely tokens")
     parser.add_argument("--top_p", type=float, default=None, help="draw among the fewest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--context", type=int, default=None, help="longest prompt and text together (default: as in training)")
+    parser.add_argument(
+        "--context", type=positive, default=None, help="longest prompt and text together (default: as in training)"
+    )
     parser.add_argument("--depth", default=None, help="another way to run the same weights, as JSON with a name")
     arguments = parser.parse_args(argv)
     from strata import ConfigError
     from trainer import devices, load
     from trainer.sampling import Sampling, generate
 
-    if arguments.tokens < 1:
-        raise ConfigError(f"--tokens = {arguments.tokens}: expected 1 or more")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     devices.use_compilation_cache()
     run = load(arguments.run, arguments.step)
+    for note in run.notes:
+        print(f"note: {note}", file=sys.stderr)
     if run.tokenizer is None:
         raise ConfigError(f"data.name = {run.config.data.name!r} is not text: there is nothing to prompt or to print")
     texts = arguments.prompt or [""]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 import optim
-from strata import Diverged, Preempted
+from strata import Diverged, Preempted, to_tree
 from trainer import config as configuration
 from trainer import devices, processes, resume, runs
 from trainer.announce import announce, conclude
@@ -73,7 +72,8 @@ def train(
         if status and status["state"] == "finished" and status["step"] >= config.train.steps:
             return _finished_before(directory, status)
         try:
-            return Loop(config, directory, dict(origin or {}), notes).run()
+            with StopRequest() as stop:
+                return Loop(config, directory, dict(origin or {}), notes, stop).run()
         except Preempted:
             raise
         except BaseException as error:
@@ -95,16 +95,18 @@ def _fail(directory: RunDirectory, error: BaseException) -> None:
     """Say in `status.json` why the run ended; a second error there must not hide the first."""
     if not processes.first() or directory.read_config() is None:
         return
-    done = (directory.read_status() or {}).get("step", 0)
+    status = directory.read_status() or {"state": "running", "step": 0}
+    if status["state"] == "finished":  # what failed is only what is said at the end
+        return
     with contextlib.suppress(Exception):
-        directory.write_status("failed", done, f"{type(error).__name__}: {error}".splitlines()[0])
+        directory.write_status("failed", status["step"], f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 class Loop:
     """A run in progress."""
 
-    def __init__(self, config: Config, directory: RunDirectory, origin: dict[str, Any], notes: list[str]):
-        self.config, self.directory, self.notes = config, directory, notes
+    def __init__(self, config: Config, directory: RunDirectory, origin: dict[str, Any], notes: list[str], stop: StopRequest):
+        self.config, self.directory, self.notes, self.stop = config, directory, notes, stop
         self.setup: Setup = assemble(config)
         self.rates = optim.rates(config.optimizer, config.train.steps)
         self.origin = origin
@@ -112,13 +114,18 @@ class Loop:
         self.checkpointer = Checkpointer(
             directory.checkpoints, keep_latest=keep.keep_latest, keep_every=keep.keep_every, keep_best=keep.keep_best
         )
+        every, saved = config.evaluate.every, keep.every
+        if keep.keep_best and every and saved % every:
+            notes.append(
+                f"only checkpoints of steps that are evaluated can be the best: checkpoint.every = {saved} is no multiple of "
+                f"evaluate.every = {every}"
+            )
         self.positions: dict[int, dict[str, Any]] = {}  # of the data, after each of the last steps
-        self.evaluation: dict[str, float] = {}
 
     def run(self) -> Result:
-        """Train to the last step, evaluate, save, conclude."""
+        """Train to the last step, save, evaluate, conclude."""
+        steps = self.config.train.steps
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
             stack.enter_context(jax.set_mesh(self.setup.mesh))
             stack.callback(self.checkpointer.close)
             stack.callback(gc.unfreeze)
@@ -126,16 +133,18 @@ class Loop:
             self._write_first_files(done)
             self.reporter = stack.enter_context(Reporter(self.config, self.directory, self.setup, done, host))
             announce(self, state, done)
-            self.train_step = self.setup.jitted_train_step()
             self.evaluation_step = self.setup.jitted_evaluation_step()
-            rows = self.setup.dataset.train(
-                start_state=host.get("data"), process_index=jax.process_index(), process_count=jax.process_count()
-            )
-            stack.callback(rows.close)
-            self.positions[done] = rows.get_state()
-            state = self._steps(state, rows, done, stop)
-            conclude(self, state)
-        return Result(self.directory.path, self.config.train.steps, self.evaluation)
+            if done < steps:
+                self.train_step = self.setup.jitted_train_step()
+                share = self.setup.share(self.config.data.batch_size)
+                rows = stack.enter_context(contextlib.closing(self.setup.dataset.train(start_state=host.get("data"), **share)))
+                self.positions[done] = rows.get_state()
+                state = self._steps(state, rows, done)
+            # Everything below happens again when it is interrupted: the last checkpoint is from before it.
+            evaluation = self._evaluate(state, steps, self.config.evaluate.final_batches)
+            self._finished(state, steps)
+            conclude(self, state, evaluation)
+        return Result(self.directory.path, steps, evaluation)
 
     # ---- start
 
@@ -156,17 +165,31 @@ class Loop:
         if self.config.init_from.run is None:
             params = self.setup.initial_params()
         else:
-            params, step = runs.params_for(self.setup, Path(self.config.init_from.run), self.config.init_from.step)
-            self.notes.append(f"parameters come from {self.config.init_from.run} at step {step}")
+            params = self._donated()
         return self.setup.initial_state(params), {}, 0
+
+    def _donated(self) -> Any:
+        """Parameters of the run that `init_from` names.
+
+        Which step "the latest" was is kept, so that a start that was cut short before its first checkpoint begins again
+        from the same weights, although the other run may have gone on.
+        """
+        source = self.config.init_from
+        before = self.directory.read_json("init_from.json") or {}
+        step = before["step"] if before.get("run") == source.run and source.step is None else source.step
+        params, step = runs.params_for(self.setup, Path(source.run), step)
+        if processes.first():
+            write_json_atomic(self.directory.path / "init_from.json", {"run": source.run, "step": step})
+        self.notes.append(f"parameters come from {source.run} at step {step}")
+        return params
 
     def _write_first_files(self, done: int) -> None:
         if not processes.first():
             return
         from trainer.environment import describe_environment, differences
 
+        here = describe_environment() | {"data": self.setup.dataset.description}  # first: bad data claims no directory
         self.directory.write_config(configuration.canonical_json(self.config), self.origin or None)
-        here = describe_environment() | {"data": self.setup.dataset.description}
         first = self.directory.write_environment(here, done)
         if first is not None:
             changed = differences(first, here, python_matters=_reads_python(self.config.data))
@@ -176,7 +199,7 @@ class Loop:
 
     # ---- the loop
 
-    def _steps(self, state: Any, rows: Any, done: int, stop: StopRequest) -> Any:
+    def _steps(self, state: Any, rows: Any, done: int) -> Any:
         """Run the remaining steps. Metrics of a step are read after the next one is dispatched."""
         config, pending = self.config, None
         for step in range(done + 1, config.train.steps + 1):
@@ -184,31 +207,36 @@ class Loop:
             self.positions = {step - 1: self.positions[step - 1], step: rows.get_state()} | self._older(step)
             self.reporter.before_step(step)
             rates = self.rates(step)
-            placed = self.setup.put_batch(processes.with_stop(batch, stop))
+            placed = self.setup.put_batch(batch, config.data.batch_size)
+            placed |= self.setup.put_wish(self.stop.received is not None)
             state, metrics = self.train_step(state, placed, self.setup.put_scalars(rates))
-            stopping = self._read(pending, state, stop)
+            stopping = self._read(pending, state)
             pending = (step, metrics, rates)
             if step == done + 1:
                 # What start-up made lives as long as the run; without this, collections walk through it for ever.
                 gc.collect()
                 gc.freeze()
             last = step == config.train.steps
-            evaluating = last or (config.evaluate.every and step % config.evaluate.every == 0)
-            saving = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            evaluating = bool(config.evaluate.every) and step % config.evaluate.every == 0
+            saving = last or (bool(config.checkpoint.every) and step % config.checkpoint.every == 0)
             if evaluating or saving or stopping:
-                stopping = self._read(pending, state, stop) or stopping
-                pending = None
-                metric = self._evaluate(state, step, last) if evaluating else None
+                stopping = self._read(pending, state) or stopping
+                pending, metric = None, None
+                if last:
+                    # The row of the last step is of all held-out data; checkpoints are compared on the usual part of it.
+                    metric = self._score(state, config.evaluate.batches)["loss"] if config.checkpoint.keep_best else None
+                elif evaluating:
+                    metric = self._evaluate(state, step, config.evaluate.batches)["loss"]
                 if saving or stopping:
                     self._save(state, step, metric, blocking=last or stopping)
                 if stopping and not last:
-                    self._preempt(step, stop)
+                    self._preempt(step)
         return state
 
     def _older(self, step: int) -> dict[int, dict[str, Any]]:
         return {step - 2: self.positions[step - 2]} if step - 2 in self.positions else {}
 
-    def _read(self, pending: Any, state: Any, stop: StopRequest) -> bool:
+    def _read(self, pending: Any, state: Any) -> bool:
         """Fetch the metrics of a step, report them, and end the run if it halted. Returns whether to stop."""
         if pending is None:
             return False
@@ -219,35 +247,44 @@ class Loop:
         self.reporter.train(step, values, rates)
         if "stop" in values:  # several processes: all learn of the signal from the same step
             return bool(values["stop"])
-        return stop.received is not None
+        return self.stop.received is not None
 
-    def _evaluate(self, state: Any, step: int, last: bool) -> float:
-        """Evaluate, write the row, and return the loss that compares checkpoints: always of the same batches."""
-        options = self.config.evaluate
-        started = time.perf_counter()
+    def _score(self, state: Any, batches: int | None) -> dict[str, float]:
         with self.reporter.pause():
-            score = functools.partial(
-                evaluate, self.setup, state["params"], self.evaluation_step, batch_size=options.batch_size
-            )
-            found = score(options.batches)
-            loss = found["loss"]
-            if last and options.final_batches != options.batches:
-                found = score(options.final_batches)
-        self.evaluation = found
+            return evaluate(self.setup, state["params"], self.evaluation_step, batches)
+
+    def _evaluate(self, state: Any, step: int, batches: int | None) -> dict[str, float]:
+        """Score held-out data and write the row."""
+        started = time.perf_counter()
+        found = self._score(state, batches)
         self.reporter.validation(step, found, time.perf_counter() - started)
-        return loss
+        return found
 
     def _save(self, state: Any, step: int, metric: float | None, blocking: bool) -> None:
-        host = {"data": self.positions[step], "metrics_offset": self.reporter.flushed_offset(), "seed": self.config.seed}
         with self.reporter.pause():
-            self.checkpointer.save(step, state, host, metric=metric, blocking=blocking)
+            self.checkpointer.save(step, state, self._host(step), metric=metric, blocking=blocking)
         if processes.first():
             self.directory.write_status("running", step)
 
+    def _finished(self, state: Any, step: int) -> None:
+        """Mark the run as finished."""
+        del state
+        self.reporter.flushed_offset()
+        if processes.first():
+            self.directory.write_status("finished", step)
+
+    def _host(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays."""
+        return {
+            "data": self.positions[step],
+            "metrics_offset": self.reporter.flushed_offset(),
+            "config": to_tree(self.config),
+        }
+
     # ---- ends before the end
 
-    def _preempt(self, step: int, stop: StopRequest) -> None:
-        name = stop.received or "a signal to another process"
+    def _preempt(self, step: int) -> None:
+        name = self.stop.received or "a signal to another process"
         if processes.first():
             self.directory.write_status("preempted", step, name)
         raise Preempted(f"stopped by {name} after saving step {step}; start the same command again to go on")
@@ -265,8 +302,7 @@ class Loop:
         }
         if processes.first():
             write_json_atomic(self.directory.path / "nonfinite.json", report)
-        host = {"data": before, "metrics_offset": self.reporter.flushed_offset(), "seed": self.config.seed}
-        self.checkpointer.save(step - 1, state, host, blocking=True)
+        self.checkpointer.save(step - 1, state, self._host(step - 1), blocking=True)
         if processes.first():
             self.directory.write_status("running", step - 1)
         limit = ""

@@ -26,7 +26,10 @@ class Train:
     steps: int = option(1000, "updates in the whole run", least=1)
     accumulation: int = option(1, "micro-batches an update is split into, inside the step", least=1, key="execution")
     precision: str = option(
-        "float32", "compute type of the blocks; parameters and loss stay float32", among=("float32", "bfloat16")
+        "float32",
+        "compute type of the blocks; parameters and loss are float32. float32 products run at JAX's default precision: TF32 on "
+        "NVIDIA, bfloat16 passes on TPU, unless JAX_DEFAULT_MATMUL_PRECISION says otherwise",
+        among=("float32", "bfloat16"),
     )
     remat: str = option(
         "none",
@@ -36,11 +39,19 @@ class Train:
     )
     deterministic: bool = option(False, "on GPU, order-independent reductions only (slower); CPU always is", key="execution")
     nonfinite: str = option(
-        "raise", "a non-finite loss or gradient: stop with exit 3, or skip the update", among=("raise", "skip")
+        "raise",
+        "a non-finite loss or gradient: stop with exit 3, or skip the update",
+        among=("raise", "skip"),
+        key="execution",
     )
-    skip_limit: int = option(20, "with nonfinite=skip: updates that may be skipped before the run stops", least=0)
+    skip_limit: int = option(
+        20, "with nonfinite=skip: updates that may be skipped before the run stops", least=0, key="execution"
+    )
     loss_chunk: int | None = option(
-        None, "tokens whose logits exist at once; None: as many as fit in 64 MiB of float32", least=1, key="execution"
+        None,
+        "tokens whose logits exist at once, over all devices; None: what fits in 64 MiB of float32 on CPU, 512 MiB elsewhere",
+        least=1,
+        key="execution",
     )
 
 
@@ -48,10 +59,10 @@ class Train:
 class Evaluate:
     """Evaluation on held-out data while training. The end of a run always evaluates."""
 
-    every: int = option(200, "steps between evaluations; 0: only at the end", least=0)
+    every: int = option(200, "steps between evaluations; 0: only at the end", least=0, key="cosmetic")
     batches: int = option(16, "batches of an evaluation during training", least=1)
     final_batches: int | None = option(None, "batches of the evaluation at the end; None: all held-out data", least=1)
-    batch_size: int | None = option(None, "sequences a batch; None: as in training", least=1)
+    batch_size: int | None = option(None, "sequences a batch; None: those of a training micro-batch", least=1)
 
 
 @options
@@ -110,13 +121,13 @@ class Config:
     """A whole run."""
 
     seed: int = option(0, "of the initial parameters, and of the data order unless data.seed is given", least=0, most=2**31 - 1)
-    plugins: tuple[str, ...] = option((), "modules of your own, imported first, that register components")
+    plugins: tuple[str, ...] = option((), "modules of your own, imported first, that register components", key="cosmetic")
     init_from: InitFrom = section(InitFrom, "start from another run's weights")
     data: object = part("data", "python_source", "what is trained on")
     model: Model = section(Model, "the network")
     optimizer: Optimizer = section(Optimizer, "the update")
     train: Train = section(Train, "the loop")
-    evaluate: Evaluate = section(Evaluate, "held-out data", key="cosmetic")
+    evaluate: Evaluate = section(Evaluate, "held-out data", key="execution")
     checkpoint: Checkpoint = section(Checkpoint, "what is kept", key="cosmetic")
     mesh: Mesh = section(Mesh, "devices", key="execution")
     log: Log = section(Log, "reports", key="cosmetic")
@@ -136,5 +147,7 @@ class Config:
         devices = max(1, self.mesh.data) * max(1, self.mesh.fsdp)
         if self.evaluate.batch_size and self.evaluate.batch_size % devices:
             yield "evaluate.batch_size", f"does not divide over mesh.data x mesh.fsdp = {devices} devices"
+        if self.log.profile and self.log.profile[0] > self.train.steps:
+            yield "log.profile", f"starts after the last step, {self.train.steps}"
         for name, message in self.optimizer.schedule.problems_over(self.train.steps):
             yield f"optimizer.schedule.{name}", message

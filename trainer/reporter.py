@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from strata import to_tree
+from strata import Preempted, to_tree
 from trainer import config as configuration
 from trainer import processes
+from trainer.atomic_files import write_json_atomic
 from trainer.evaluate import bits_per_byte
 from trainer.flops import training_flops
 from trainer.metrics.console import Console
@@ -54,7 +56,7 @@ class Reporter:
                 WandbMirror(
                     directory.path,
                     mode=config.log.wandb,
-                    run_id=directory.path.name,
+                    run_id=_mirror_id(directory),
                     project=config.log.wandb_project,
                     group=config.log.wandb_group,
                     name=directory.path.name,
@@ -72,10 +74,11 @@ class Reporter:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._profiling:
-            jax.profiler.stop_trace()
+            self._stop_profiling()
         self._stack.close()
+        stopped = kind is None or issubclass(kind, Preempted)  # a run that was told to stop has not failed
         for mirror in self.mirrors:
-            mirror.__exit__(kind, None, None)
+            mirror.__exit__(None if stopped else kind, None, None)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -89,9 +92,13 @@ class Reporter:
             jax.profiler.start_trace(self._profile_directory)
             self._profiling = True
         elif self._profiling and step > wanted[1]:
-            jax.profiler.stop_trace()
-            self._profiling = False
-            self.say(f"profiler trace of steps {wanted[0]} to {wanted[1]} in {self._profile_directory}")
+            self._stop_profiling()
+
+    def _stop_profiling(self) -> None:
+        jax.profiler.stop_trace()
+        self._profiling = False
+        first, last = self.config.log.profile
+        self.say(f"profiler trace of steps {first} to {last} in {self._profile_directory}")
 
     def train(self, step: int, values: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
         """A row of training, if it is this step's turn: step 1, every `log.every`-th and the last."""
@@ -159,3 +166,12 @@ class Reporter:
             self.writer.write(row)
         for mirror in self.mirrors:
             mirror.write(row)
+
+
+def _mirror_id(directory: RunDirectory) -> str:
+    """The run's id at W&B: drawn once and kept, since directories of one base name are different runs."""
+    found = directory.read_json("wandb.json")
+    if found is None:
+        found = {"id": uuid.uuid4().hex[:12]}
+        write_json_atomic(directory.path / "wandb.json", found)
+    return found["id"]

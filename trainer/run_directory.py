@@ -133,9 +133,9 @@ class RunDirectory:
                 write_json_atomic(self.path / "overrides.json", overrides)
 
     def read_config(self) -> str | None:
-        """The text of `config.json`, None if there is none."""
+        """The text of `config.json`, None if there is none; what is not UTF-8 in it becomes U+FFFD."""
         try:
-            return (self.path / "config.json").read_text()
+            return (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
         except OSError as error:

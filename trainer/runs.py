@@ -27,11 +27,19 @@ class Run:
     model: nnx.Module  # with the parameters of that step
     setup: Setup
     notes: tuple[str, ...]  # defaults that were added since the run was made; another mesh than the run's
+    saved: dict[str, Any]  # what the checkpoint holds beside the arrays
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None if the data is not text."""
-        return self.setup.dataset.tokenizer
+        return self.setup.tokenizer
+
+    def data_notes(self) -> list[str]:
+        """Whether the data here is what the run was trained on; reads it."""
+        before, now = self.saved["data"]["fingerprint"], self.setup.dataset.fingerprint
+        if before == now:
+            return []
+        return [f"the data here is not what the run was trained on (fingerprint {before[:12]} there, {now[:12]} here)"]
 
     @property
     def params(self) -> Any:
@@ -56,8 +64,9 @@ def load(run_dir: str | Path, step: int | str | None = None) -> Run:
     loaded = configuration.load(str(directory / "config.json"))
     config, notes = _on_these_devices(loaded.config)
     setup = assemble(config)
-    params, found = restore_params(directory, setup, step)
-    return Run(directory, loaded.config, found, nnx.merge(setup.graph, nnx.State(params)), setup, (*loaded.notes, *notes))
+    params, saved, found = restore_params(directory, setup, step)
+    model = nnx.merge(setup.graph, nnx.State(params))
+    return Run(directory, loaded.config, found, model, setup, (*loaded.notes, *notes), saved)
 
 
 def _on_these_devices(config: Config) -> tuple[Config, tuple[str, ...]]:
@@ -69,8 +78,8 @@ def _on_these_devices(config: Config) -> tuple[Config, tuple[str, ...]]:
     return config, ()
 
 
-def restore_params(directory: Path, setup: Setup, step: int | str | None) -> tuple[Any, int]:
-    """The parameters of a run's checkpoint, laid out for `setup`, and its step. Raises as `load`."""
+def restore_params(directory: Path, setup: Setup, step: int | str | None) -> tuple[Any, dict[str, Any], int]:
+    """Parameters of a run's checkpoint, laid out for `setup`, what was saved beside them, and the step. Raises as `load`."""
     checkpointer = Checkpointer(directory / "checkpoints")
     if step == "best":
         step = checkpointer.best()
@@ -89,19 +98,23 @@ def restore_params(directory: Path, setup: Setup, step: int | str | None) -> tup
         checkpointer.close()
     if restored is None:
         raise StrataError(f"{directory} has no checkpoint yet")
-    return restored.state["params"], restored.step
+    return restored.state["params"], restored.host, restored.step
 
 
 def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int]:
     """Another run's parameters for the model of `setup`, laid out as its own, and their step.
 
     Raises:
-      ConfigError: the directory is no run.
-      StrataError: its parameters do not fit this model, with every difference.
+      ConfigError: the directory is no run, has no such checkpoint, or its parameters do not fit this model; with every
+        difference.
     """
     if not (directory / "config.json").is_file():
         raise configuration_error(directory)
-    return restore_params(directory, setup, step)
+    try:
+        params, _, step = restore_params(directory, setup, step)
+    except StrataError as error:
+        raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
+    return params, step
 
 
 def configuration_error(directory: Path) -> Exception:

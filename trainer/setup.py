@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import models
 import optim
-from strata import ConfigError
+from strata import ConfigError, DataError
 from trainer import data, devices
 from trainer.data.dataset import Dataset
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.options import Config
 from trainer.step import State, evaluation_step, initial_state, train_step
 
@@ -28,10 +29,24 @@ class Setup:
 
     config: Config
     mesh: jax.sharding.Mesh
-    dataset: Dataset
+    tokenizer: Tokenizer | None  # None if the data is not text
     graph: nnx.GraphDef
     model: nnx.Module  # abstract: shapes, roles and axes only
-    token_bytes: jax.Array | None  # int32 [vocab]
+    built: Dataset | None = None  # the data, where it had to be built to know the vocabulary
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The data; read on first use, since sampling from a run needs none of it."""
+        dataset = self.built or data.build(self.config.data, self.config.seed)
+        if dataset.vocab_size != self.model.vocab_size:
+            raise DataError(f"the data has {dataset.vocab_size} token ids and its tokenizer {self.model.vocab_size}")
+        return dataset
+
+    @functools.cached_property
+    def token_bytes(self) -> jax.Array | None:
+        """int32 [vocab], the bytes of raw text that each token stands for; None where that is not defined."""
+        table = self.dataset.token_bytes
+        return None if table is None else self.put_scalars(np.asarray(table, np.int32))
 
     def shardings(self) -> Any:
         """A sharding for every parameter, as a nested dict."""
@@ -42,7 +57,7 @@ class Setup:
         config = self.config
         model = models.build(
             config.model,
-            vocab_size=self.dataset.vocab_size,
+            vocab_size=self.model.vocab_size,
             seed=config.seed,
             precision=config.train.precision,
             remat=config.train.remat,
@@ -102,16 +117,51 @@ class Setup:
         step = evaluation_step(self.graph, self.token_bytes, self.config.train.loss_chunk, depth)
         return jax.jit(step, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch onto its devices."""
+    def share(self, batch_size: int) -> dict[str, int]:
+        """Which rows of a batch this process reads: `process_index` and `process_count` for a `Dataset`.
+
+        They follow from where the rows are laid out. Processes that hold parts of one model replica (a tensor axis across
+        processes) read the same rows.
+        """
+        places = NamedSharding(self.mesh, ROWS).addressable_devices_indices_map((batch_size, 1)).values()
+        first = min(rows.start or 0 for rows, _ in places)
+        end = max(batch_size if rows.stop is None else rows.stop for rows, _ in places)
+        if first % (end - first) or batch_size % (end - first):
+            raise ConfigError(f"the devices of one process hold rows {first} to {end - 1} of {batch_size}, no even share")
+        return {"process_index": first // (end - first), "process_count": batch_size // (end - first)}
+
+    def put_batch(self, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+        """This process's rows of a batch of `batch_size` onto its devices."""
         sharding = NamedSharding(self.mesh, ROWS)
         if jax.process_count() == 1:
             return jax.device_put(batch, sharding)
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+            for name, rows in batch.items()
+        }
+
+    def put_wish(self, stop: bool) -> dict[str, jax.Array]:
+        """This process's wish to stop, beside those of the others: int32 [devices], as an entry `stop` of a batch.
+
+        A signal may reach one process only, and all must stop after the same step. The step takes the maximum of the wishes
+        and every process reads it with that step's metrics, so that no further synchronisation is needed. One process needs
+        none of this: no entry.
+        """
+        if jax.process_count() == 1:
+            return {}
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        here = np.full(self.mesh.size, stop, np.int32)
+        return {"stop": jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])}
 
     def put_scalars(self, values: Any) -> Any:
-        """Host scalars onto every device, by an explicit transfer."""
-        return jax.device_put(values, NamedSharding(self.mesh, PartitionSpec()))
+        """Host scalars, equal in all processes, onto every device, by an explicit transfer."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if jax.process_count() == 1:
+            return jax.device_put(values, sharding)
+        # `device_put` would have the processes compare the values, a collective that the host waits for.
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), values
+        )
 
 
 def keys(path: Any) -> tuple[str, ...]:
@@ -132,6 +182,11 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
             f"data.batch_size = {config.data.batch_size} in {config.train.accumulation} micro-batches does not divide over "
             f"mesh.data x mesh.fsdp = {mesh.shape['data'] * mesh.shape['fsdp']} devices"
         )
+    if (config.evaluate.batch_size or 0) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ConfigError(
+            f"evaluate.batch_size = {config.evaluate.batch_size} does not divide over mesh.data x mesh.fsdp = "
+            f"{mesh.shape['data'] * mesh.shape['fsdp']} devices"
+        )
     return mesh
 
 
@@ -142,11 +197,8 @@ def assemble(config: Config) -> Setup:
       ConfigError, DataError: what only JAX or the data can tell, in the same words as validation.
     """
     mesh = make_mesh(config)
-    dataset = data.build(config.data, config.seed)
-    model = models.abstract(
-        config.model, vocab_size=dataset.vocab_size, precision=config.train.precision, remat=config.train.remat
-    )
-    table = None
-    if dataset.token_bytes is not None:
-        table = jax.device_put(jnp.asarray(dataset.token_bytes, jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    return Setup(config, mesh, dataset, nnx.graphdef(model), model, table)
+    tokenizer = load_tokenizer(config.data.tokenizer) if hasattr(config.data, "tokenizer") else None
+    dataset = None if tokenizer else data.build(config.data, config.seed)
+    vocab_size = tokenizer.vocab_size if tokenizer else dataset.vocab_size
+    model = models.abstract(config.model, vocab_size=vocab_size, precision=config.train.precision, remat=config.train.remat)
+    return Setup(config, mesh, tokenizer, nnx.graphdef(model), model, dataset)

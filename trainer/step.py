@@ -18,7 +18,7 @@ State = dict[str, Any]
 """`params`: nested dict of float32 arrays; `optimizer`: optax state; `guard`: `skipped` int32 and `halted` bool."""
 
 Batch = dict[str, jax.Array]
-"""`tokens`, `targets`, `segment_ids` int32 [B, T] and `weights` float32 [B, T]."""
+"""`tokens`, `targets`, `segment_ids` int32 [B, T], `weights` float32 [B, T]; with several processes `stop` int32 [devices]."""
 
 
 def initial_state(params: Any, transformation: optax.GradientTransformation) -> State:

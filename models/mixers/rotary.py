@@ -23,7 +23,7 @@ def rotary_table(positions: jax.Array, head_size: int, theta: float) -> tuple[ja
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate [B, T, H, D] by a `rotary_table`; the type of `x` is kept."""
-    cos, sin = (part.astype(x.dtype) for part in table)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotate [B, T, H, D] by a `rotary_table`, in float32; the type of `x` is kept."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

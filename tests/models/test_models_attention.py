@@ -132,7 +132,10 @@ def test_auto_says_what_it_chose_and_why(monkeypatch):
     assert (name, why) == ("xla", "cuDNN cannot serve: the device is cpu, not an NVIDIA GPU")
     assert softmax.choose("reference", jnp.dtype("float32"), 64) == ("reference", "asked for by name")
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    class Device:
+        platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
     assert softmax.choose("auto", jnp.dtype("bfloat16"), 64)[0] == "cudnn"
     assert softmax.choose("cudnn", jnp.dtype("bfloat16"), 64)[0] == "cudnn"
     for dtype, size, reason in (("float32", 64, "train.precision gives float32"), ("bfloat16", 36, "head size 36")):
@@ -140,6 +143,10 @@ def test_auto_says_what_it_chose_and_why(monkeypatch):
         assert name == "xla" and reason in why
         with pytest.raises(ConfigError, match=reason):
             softmax.choose("cudnn", jnp.dtype(dtype), size)
+    Device.compute_capability = "7.5"
+    assert "below 8.0" in softmax.choose("auto", jnp.dtype("bfloat16"), 64)[1]
+    Device.device_kind = "AMD Instinct"
+    assert "not an NVIDIA GPU" in softmax.choose("auto", jnp.dtype("bfloat16"), 64)[1]
 
 
 def test_the_first_position_is_not_rotated_and_norms_are_kept():

@@ -73,7 +73,12 @@ def test_all_mistakes_are_reported_at_once_with_full_paths():
     tree = {
         "nmber": 3,
         "number": "x",
-        "wall": {"hieght": 1, "height": -1.0, "paint": {"name": "gloss", "layers": 1.5, "grain": "fine"}, "under": {"name": "mat"}},
+        "wall": {
+            "hieght": 1,
+            "height": -1.0,
+            "paint": {"name": "gloss", "layers": 1.5, "grain": "fine"},
+            "under": {"name": "mat"},
+        },
     }
     found = problems(House, tree)
     assert set(found) == {
@@ -110,7 +115,9 @@ def test_a_component_without_a_dict_is_told_how_to_choose():
 def test_lists_of_components_and_their_indices():
     house, _ = resolve(House, {"wall": {"stripes": [{"name": "matt"}, {"name": "gloss", "layers": 3}]}})
     assert house.wall.stripes == (Matt(), Gloss(layers=3))
-    assert set(problems(House, {"wall": {"stripes": [{"name": "matt"}, {"name": "gloss", "layer": 3}]}})) == {"wall.stripes.1.layer"}
+    assert set(problems(House, {"wall": {"stripes": [{"name": "matt"}, {"name": "gloss", "layer": 3}]}})) == {
+        "wall.stripes.1.layer"
+    }
 
 
 def test_bounds_hold_for_each_element_of_a_list():
@@ -131,7 +138,7 @@ def test_to_tree_and_back_is_the_identity():
         ("none", int | None, None), ("None", str | None, None), ("none", str, "none"), ("true", bool, True), ("0", bool, False),
         ("a b", str, "a b"), ("'1'", str, "1"), ("1,2", tuple[int, ...], (1, 2)), ("[1e3]", tuple[int, ...], (1000,)),
         ("(1, 2)", tuple[int, ...], (1, 2)), ("a,b", tuple[str, ...], ("a", "b")), ("5", tuple[int, ...], (5,)), ("[]", tuple[str, ...], ()),
-        ('{"a": [1]}', dict | None, {"a": [1]}), ("inf", float, float("inf")),
+        ('{"a": [1]}', dict | None, {"a": [1]}), ("[a, b]", tuple[str, ...], ("a", "b")), ("a, b", tuple[str, ...], ("a", "b")),
     ],
 )  # fmt: skip
 def test_command_line_words_become_typed_values(text, hint, value):
@@ -143,7 +150,7 @@ def test_command_line_words_become_typed_values(text, hint, value):
     ("value", "hint"),
     [
         (Text("1.5"), int), (Text("x"), int), (Text("nan"), float), (Text("maybe"), bool), (True, int), (1, bool), ("3", int),
-        (3, str), (None, int), ("ab", tuple[int, ...]), (1.5, int), ([1], dict), (float("nan"), float),
+        (3, str), (None, int), ("ab", tuple[int, ...]), (1.5, int), ([1], dict), (float("nan"), float), (Text("inf"), float),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(value, hint):
@@ -169,3 +176,20 @@ def test_a_name_is_registered_once_and_fields_cannot_hide_it():
 def test_lookup_suggests_the_nearest_name():
     with pytest.raises(LookupError, match="did you mean gloss"):
         lookup("test.paint", "glos")
+
+
+def test_a_field_added_later_stays_out_of_the_identity_while_it_has_its_default():
+    from strata.resolve import leaves
+
+    @options
+    class Later:
+        """One old field and one new."""
+
+        old: int = option(1, "was always there")
+        new: int = option(2, "came later", added="0.2")
+
+    def identity(value):
+        return {path for path, _, _ in leaves(value, identity=True)}
+
+    assert identity(Later()) == {"old"} and identity(Later(new=3)) == {"old", "new"}
+    assert {path for path, _, _ in leaves(Later())} == {"old", "new"}

@@ -19,6 +19,7 @@ import pytest
 import trainer
 from strata import ConfigError
 from trainer import loop
+from trainer.checkpoint import Checkpointer
 from trainer.metrics import read_metrics
 from trainer.setup import Setup
 
@@ -34,13 +35,11 @@ USUAL: list[Case] = [
     ((1, 8, 1), "adamw", 1),
     ((1, 1, 8), "adamw", 1),
     ((2, 2, 2), "adamw", 1),
-    ((2, 1, 4), "adamw", 1),
     ((-1, 1, 1), "adamw", 1),
     ((1, 2, 1), "adamw", 1),
-    (ONE, "adamw", 2),
     ((4, 2, 1), "adamw", 2),
     (ONE, "muon", 1),
-    ((2, 2, 2), "muon", 1),
+    ((2, 1, 4), "muon", 1),
 ]
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) <= 8]
 EVERY: list[Case] = [(shape, direction, count) for direction in ("adamw", "muon") for count in (1, 2) for shape in SHAPES]
@@ -108,10 +107,12 @@ def run_cases(directory: Path, cases: list[Case]) -> None:
     """Train each case, write what was seen, and stop one run early for others to go on from."""
     seen: dict[str, Any] = {}
     observe(now := {})
-    for case in cases:
-        now.clear()
-        trainer.train(config(case), directory / named(case))
-        seen[named(case)] = dict(now)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "save", lambda *args, **rest: None)  # the layout of a file is another claim
+        for case in cases:
+            now.clear()
+            trainer.train(config(case), directory / named(case))
+            seen[named(case)] = dict(now)
     for name, mesh in (("eight", (2, 2, 2)), ("split", (1, 8, 1))):
         now.clear()
         trainer.train(config((mesh, "adamw", 1), SAVED), directory / name)
@@ -129,10 +130,13 @@ def go_on_with_four(directory: Path) -> None:
     (directory / "four.json").write_text(json.dumps(seen))
 
 
-def child(devices: int, *arguments: str) -> None:
+QUICK = "--xla_backend_optimization_level=0"  # of XLA, which takes nearly all of the time here
+
+
+def child(devices: int, *arguments: str, flags: str = QUICK) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
@@ -150,9 +154,9 @@ if __name__ == "__main__":
 # ---- what is claimed of it
 
 
-def ran(directory: Path, which: str) -> tuple[Path, dict[str, Any]]:
-    """Trains in eight devices' process; gives the directory of the runs, and what was seen of each."""
-    child(8, which, str(directory))
+def ran(directory: Path, which: str, flags: str = QUICK) -> tuple[Path, dict[str, Any]]:
+    """Trains in a process of eight devices; gives the directory of the runs, and what was seen of each."""
+    child(8, which, str(directory), flags=flags)
     return directory, json.loads((directory / "seen.json").read_text())
 
 
@@ -168,7 +172,7 @@ def curve(directory: Path) -> list[float]:
 
 def check_curves(directory: Path, seen: dict[str, Any], cases: list[Case]) -> None:
     for mesh, direction, accumulation in cases:
-        single = curve(directory / named((ONE, direction, accumulation)))
+        single = curve(directory / named((ONE, direction, 1)))
         assert len(single) == STEPS and single[-1] < single[0]
         found = curve(directory / named((mesh, direction, accumulation)))
         np.testing.assert_allclose(found, single, rtol=1e-5, err_msg=str((mesh, direction, accumulation)))
@@ -181,7 +185,7 @@ def test_a_mesh_changes_neither_the_loss_curve_nor_one_bit_of_the_initial_parame
 
 @pytest.mark.slow
 def test_no_shape_of_up_to_eight_devices_changes_the_run(tmp_path):
-    check_curves(*ran(tmp_path, "every"), EVERY)
+    check_curves(*ran(tmp_path, "every", flags=""), EVERY)
 
 
 def test_held_out_loss_does_not_depend_on_the_mesh(usual):
@@ -190,7 +194,7 @@ def test_held_out_loss_does_not_depend_on_the_mesh(usual):
     for mesh, direction, accumulation in USUAL:
         row = read_metrics(directory / named((mesh, direction, accumulation)) / "metrics.jsonl")[-1]
         assert row["split"] == "val"
-        losses.setdefault((direction, accumulation), []).append(row["loss"])
+        losses.setdefault(direction, []).append(row["loss"])
     for found in losses.values():
         np.testing.assert_allclose(found, found[0], rtol=1e-5)
 
@@ -207,7 +211,7 @@ def test_a_mesh_of_ones_uses_one_device_and_an_open_axis_all(usual):
 def test_parameters_and_optimizer_state_are_split_over_fsdp_and_tensor(usual, direction, part):
     _, seen = usual
     whole = seen[named((ONE, direction, 1))][part]["0"]
-    split = {"adamw": [(1, 8, 1), (1, 1, 8), (2, 2, 2)], "muon": [(2, 2, 2)]}[direction]
+    split = {"adamw": [(1, 8, 1), (1, 1, 8), (2, 2, 2)], "muon": [(2, 1, 4)]}[direction]
     for mesh in split:
         shares = seen[named((mesh, direction, 1))][part]
         assert len(shares) == 8 and max(shares.values()) == min(shares.values())

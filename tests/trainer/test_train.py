@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 import trainer
-from strata import ConfigError, Diverged, Preempted, StrataError
+from strata import ConfigError, DataError, Diverged, Preempted, StrataError
 from trainer import loop, signals
 from trainer.metrics import read_metrics
 
 
 def rows(directory):
     """Rows without what may differ between two runs."""
-    return [{key: value for key, value in row.items() if key != "timing"} for row in read_metrics(Path(directory) / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key != "timing"} for row in read_metrics(Path(directory) / "metrics.jsonl")
+    ]
 
 
 def final(directory):
@@ -38,10 +40,10 @@ def interrupt_after(monkeypatch, step):
     """Let training die right after it has dispatched `step`, without saving anything."""
     original = loop.Loop._read
 
-    def read(self, pending, state, stop):
+    def read(self, pending, state):
         if pending is not None and pending[0] == step:
             raise Killed
-        return original(self, pending, state, stop)
+        return original(self, pending, state)
 
     monkeypatch.setattr(loop.Loop, "_read", read)
 
@@ -68,7 +70,9 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
 
 
 def test_training_approaches_the_known_optimum(tiny, tmp_path):
-    config = tiny(train__steps=150, evaluate__every=0, checkpoint__every=0, data__batch_size=16, optimizer__schedule__name="constant")
+    config = tiny(
+        train__steps=150, evaluate__every=0, checkpoint__every=0, data__batch_size=16, optimizer__schedule__name="constant"
+    )
     result = trainer.train(config, tmp_path / "run")
     optimum = loop.assemble(trainer.config.resolve_config(config)).dataset.optimum
     # The bound holds for the expectation; a sample of 8 x 16 tokens may lie a little below.
@@ -83,7 +87,12 @@ def test_two_runs_of_one_config_are_equal_bit_for_bit(tiny, tmp_path):
 
 def test_the_seed_changes_parameters_and_data_and_each_alone(tiny, tmp_path):
     losses = {}
-    for name, changes in {"base": {}, "both": {"seed": 1}, "init": {"seed": 1, "data__seed": 0}, "data": {"data__seed": 1}}.items():
+    for name, changes in {
+        "base": {},
+        "both": {"seed": 1},
+        "init": {"seed": 1, "data__seed": 0},
+        "data": {"data__seed": 1},
+    }.items():
         trainer.train(tiny(train__steps=2, **changes), tmp_path / name)
         losses[name] = [row["loss"] for row in rows(tmp_path / name) if row["split"] == "train"][-1]
     assert len(set(losses.values())) == 4
@@ -149,10 +158,10 @@ def test_a_signal_saves_and_a_second_start_goes_on(tiny, tmp_path, monkeypatch):
     trainer.train(tiny(), tmp_path / "whole")
     original = loop.Loop._read
 
-    def read(self, pending, state, stop):
+    def read(self, pending, state):
         if pending is not None and pending[0] == 4:
-            stop.received = "SIGTERM"
-        return original(self, pending, state, stop)
+            self.stop.received = "SIGTERM"
+        return original(self, pending, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_read", read)
@@ -242,18 +251,17 @@ POISON = 5
 
 def poison(monkeypatch, steps=(POISON,)):
     """Make the weights of some steps' batches infinite, which makes loss and gradient non-finite."""
-    from trainer import processes
+    from trainer.data.dataset import TrainIterator
 
-    original = processes.with_stop
+    original = TrainIterator.__next__
     seen = {"step": 0}
 
-    def with_stop(batch, stop):
+    def following(self):
         seen["step"] += 1
-        if seen["step"] in steps:
-            batch = batch | {"weights": batch["weights"] * np.float32("inf")}
-        return original(batch, stop)
+        batch = original(self)
+        return batch | {"weights": batch["weights"] * np.float32("inf")} if seen["step"] in steps else batch
 
-    monkeypatch.setattr(processes, "with_stop", with_stop)
+    monkeypatch.setattr(TrainIterator, "__next__", following)
 
 
 def test_a_non_finite_loss_stops_the_run_and_saves_the_state_before_it(tiny, tmp_path, monkeypatch):
@@ -320,3 +328,61 @@ def test_the_best_checkpoint_never_costs_the_latest(tiny, tmp_path):
     best = min((row["loss"], row["step"]) for row in rows(tmp_path / "run") if row["split"] == "val" and row["step"] < 8)
     assert trainer.load(tmp_path / "run").step == 8
     assert trainer.load(tmp_path / "run", "best").step in (best[1], 8)
+
+
+@pytest.mark.parametrize("where", ["before the last evaluation", "after it"])
+def test_a_run_that_dies_after_its_last_step_finishes_on_the_next_start(tiny, tmp_path, monkeypatch, where):
+    trainer.train(tiny(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        name = "_evaluate" if where == "before the last evaluation" else "_finished"
+        original = getattr(loop.Loop, name)
+
+        def die(self, state, step, *rest):
+            if step == 8:
+                raise Killed
+            return original(self, state, step, *rest)
+
+        patch.setattr(loop.Loop, name, die)
+        with pytest.raises(Killed):
+            trainer.train(tiny(), tmp_path / "cut")
+    assert trainer.load(tmp_path / "cut").step == 8
+    result = trainer.train(tiny(), tmp_path / "cut")
+    assert result.evaluation["loss"] > 0 and rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_what_fails_after_the_end_does_not_make_the_run_a_failed_one(tiny, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("no more paper")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "conclude", broken)
+        with pytest.raises(OSError, match="no more paper"):
+            trainer.train(tiny(), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    assert trainer.train(tiny(), tmp_path / "run").step == 8
+
+
+def test_a_donors_step_is_fixed_by_the_first_start(tiny, tmp_path, monkeypatch):
+    constant = {"optimizer__schedule": {"name": "constant"}, "checkpoint__keep_latest": 9}
+    trainer.train(tiny(train__steps=4, **constant), tmp_path / "donor")
+    heir = tiny(train__steps=3, init_from__run=str(tmp_path / "donor"), **constant)
+    trainer.train(heir, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(Killed):
+            trainer.train(heir, tmp_path / "cut")
+    trainer.train(tiny(train__steps=8, **constant), tmp_path / "donor")
+    trainer.train(heir, tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_run_says_when_its_data_is_not_what_it_was_trained_on(tiny, tmp_path):
+    config = with_source(tiny(), "text", tmp_path / "texts")
+    trainer.train(config, tmp_path / "run")
+    assert trainer.load(tmp_path / "run").data_notes() == []
+    (tmp_path / "texts" / "0.txt").write_text("another text of another length " * 9)
+    assert "not what the run was trained on" in trainer.load(tmp_path / "run").data_notes()[0]
+    trainer.train(config | {"train": {"steps": 4}, "optimizer": {"schedule": {"name": "constant"}}}, tmp_path / "other")
+    (tmp_path / "texts" / "0.txt").write_text("a third text " * 30)
+    with pytest.raises(DataError, match="belongs to other data"):
+        trainer.train(config | {"train": {"steps": 9}, "optimizer": {"schedule": {"name": "constant"}}}, tmp_path / "other")

@@ -82,7 +82,8 @@ def _read_python(path: Path, argument: str) -> dict[str, Any]:
 
 def _explain(error: BaseException, path: Path) -> str:
     """One sentence with the line of the user's file that raised."""
-    here = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    here = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     line = f"{path}:{here[-1].lineno}" if here else str(path)
     if isinstance(error, SyntaxError) and error.filename:
         line = f"{error.filename}:{error.lineno}"

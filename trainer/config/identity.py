@@ -18,11 +18,11 @@ def canonical_json(config: Config) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """Eight hex digits over the semantic leaves without the seed.
+    """Eight hex digits over the semantic leaves without the seed, and without later additions at their defaults.
 
     `train.steps` counts only when the schedule depends on it: without that it says how far a run goes, not which run it is.
     """
-    semantic = {path: value for path, value, key in leaves(config) if key == "semantic" and path != "seed"}
+    semantic = {path: value for path, value, key in leaves(config, identity=True) if key == "semantic" and path != "seed"}
     if not config.optimizer.schedule.depends_on_steps:
         del semantic["train.steps"]
     return hashlib.sha256(json.dumps(semantic, sort_keys=True).encode()).hexdigest()[:8]

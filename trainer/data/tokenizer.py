@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
       separator: the id that stands before every document, and nowhere else.
       token_bytes: int32[V], bytes of raw text of each token, 0 for special tokens; None if a token is not a fixed run of
         bytes (see `HuggingFaceTokenizer`).
-      fingerprint: SHA-256 of the vocabulary, in hexadecimal.
+      fingerprint: SHA-256 of all that decides the ids of a text (vocabulary, merges, preparation), in hexadecimal.
     """
 
     name: str
@@ -120,7 +120,9 @@ class HuggingFaceTokenizer:
         self.vocab_size = ids if known else ids + 1
         self._bytes = self._table(vocabulary)
         self.token_bytes = None if self._bytes is None else np.array([len(piece) for piece in self._bytes], np.int32)
-        content = json.dumps([sorted(vocabulary.items()), self.separator])
+        layout = json.loads(self._model.to_str())
+        decisive = [layout["model"].get("merges"), layout.get("normalizer"), layout.get("pre_tokenizer")]
+        content = json.dumps([sorted(vocabulary.items()), self.separator, decisive], sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def _table(self, vocabulary: dict[str, int]) -> list[bytes] | None:

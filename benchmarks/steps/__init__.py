@@ -1,0 +1,1 @@
+"""One training step of the same small model, written three ways, each as a worker of `benchmarks.workers`."""
