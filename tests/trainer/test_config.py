@@ -227,5 +227,7 @@ def test_fields_lists_the_whole_tree_and_any_part():
 
     assert "train.steps: an integer, at least 1, default 1000 [semantic]" in describe_fields()
     assert "optimizer.direction.muon" in describe_fields("optimizer.direction")
+    assert describe_fields("optimizer.schedule.wsd.decay").startswith("  optimizer.schedule.wsd.decay: a number, at least 0")
+    assert describe_fields("train.steps").startswith("  train.steps: an integer")
     with pytest.raises(ConfigError, match="the fields are"):
         describe_fields("model.nothing")

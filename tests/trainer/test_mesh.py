@@ -95,10 +95,10 @@ def observe(patched: dict[str, Any]) -> None:
         patched["initial"] = bits(params)
         return params
 
-    def conclude(run: Any, state: Any) -> None:
+    def conclude(run: Any, state: Any, *rest: Any) -> None:
         patched["final"] = bits(state["params"])
         patched.update({name: held(state[name]) for name in ("params", "optimizer")})
-        end(run, state)
+        end(run, state, *rest)
 
     Setup.initial_params, loop.conclude = initial_params, conclude
 

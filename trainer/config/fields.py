@@ -28,10 +28,12 @@ def describe_fields(path: str = "") -> str:
         elif field is None:
             raise ConfigError(f"--fields {where}: the fields are {', '.join(f.name for f in dataclasses.fields(cls))}")
         else:
-            key = declaration(field).key or key
-            cls = declaration(field).part or type_hints(cls)[step]
-            if not (isinstance(cls, str) or dataclasses.is_dataclass(cls)):
-                raise ConfigError(f"--fields {where}: is a single field of {'.'.join(steps[:i]) or 'the config'}")
+            inner = declaration(field).part or type_hints(cls)[step]
+            if not (isinstance(inner, str) or dataclasses.is_dataclass(inner)):
+                if i < len(steps) - 1:
+                    raise ConfigError(f"--fields {path}: {where} is a single field")
+                return next(line for line in _lines(cls, ".".join(steps[:i]), key) if line.startswith(f"  {where}:"))
+            key, cls = declaration(field).key or key, inner
     return "\n".join(_lines(cls, path, key))
 
 
