@@ -37,21 +37,23 @@ WINDOW = 1.0
 
 
 class Held:
-    """The loop's rows, which hold the loop at the end of every segment and let the bare step run."""
+    """The loop's batches, which hold the loop at the end of every segment and let the bare step run."""
 
-    def __init__(self, rows: Any, owner: Measured):
-        self._rows, self._owner, self._taken = rows, owner, 0
+    def __init__(self, batches: Any, owner: Measured):
+        self._batches, self._owner, self._taken = batches, owner, 0
 
-    def __next__(self) -> Any:
+    def begin(self) -> None:
+        """As `Prefetch.begin`."""
+        self._batches.begin()
+
+    def take(self) -> Any:
+        """As `Prefetch.take`."""
         owner = self._owner
         if self._taken >= WARM_UP and (self._taken - WARM_UP) % owner.segment == 0:
             owner.boundary(first=self._taken == WARM_UP)
         self._taken += 1
-        with owner.clock("data"):
-            return next(self._rows)
-
-    def get_state(self) -> Any:
-        return self._rows.get_state()
+        with owner.clock("waiting for the batch"):
+            return self._batches.take()
 
 
 class Measured(loop.Loop):
@@ -74,14 +76,14 @@ class Measured(loop.Loop):
         yield
         self._spent[part] += time.perf_counter() - begin
 
-    def _steps(self, state: Any, rows: Any, *more: Any) -> Any:
+    def _steps(self, state: Any, batches: Any, *more: Any) -> Any:
         self._bare_state = jax.tree.map(lambda leaf: leaf.copy(), state)
         self._jitted, self.train_step = self.train_step, self._timed_step
         self.reporter.train = self._timed("metrics row", self.reporter.train)
         for name in dir(self.setup):
-            if name.startswith("put_"):
+            if name == "put_wish":  # the others are called by another thread
                 setattr(self.setup, name, self._timed(name, getattr(self.setup, name)))
-        return super()._steps(state, Held(rows, self), *more)
+        return super()._steps(state, Held(batches, self), *more)
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:

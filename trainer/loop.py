@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,10 +22,14 @@ from trainer.atomic_files import write_json_atomic
 from trainer.checkpoint import Checkpointer
 from trainer.evaluate import evaluate
 from trainer.options import Config
+from trainer.prefetch import Prefetch
 from trainer.reporter import Reporter
 from trainer.run_directory import RunDirectory
 from trainer.setup import Setup, assemble
 from trainer.signals import StopRequest
+
+MOST_PENDING = 12
+"""Steps on CPU after which their metrics are read although no row is due."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,14 @@ def _fail(directory: RunDirectory, error: BaseException) -> None:
         directory.write_status("failed", status["step"], f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+class Pending(NamedTuple):
+    """A step that was dispatched and not read yet."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    rates: Mapping[str, Any]
+
+
 class Loop:
     """A run in progress."""
 
@@ -120,6 +132,7 @@ class Loop:
                 f"only checkpoints of steps that are evaluated can be the best: checkpoint.every = {saved} is no multiple of "
                 f"evaluate.every = {every}"
             )
+        self.read_every_step = jax.default_backend() != "cpu" or jax.process_count() > 1
         self.positions: dict[int, dict[str, Any]] = {}  # of the data, after each of the last steps
 
     def run(self) -> Result:
@@ -139,7 +152,8 @@ class Loop:
                 share = self.setup.share(self.config.data.batch_size)
                 rows = stack.enter_context(contextlib.closing(self.setup.dataset.train(start_state=host.get("data"), **share)))
                 self.positions[done] = rows.get_state()
-                state = self._steps(state, rows, done)
+                with Prefetch(self.setup, rows, self.rates, done + 1, steps) as ahead:
+                    state = self._steps(state, ahead, done)
             # Everything below happens again when it is interrupted: the last checkpoint is from before it.
             evaluation = self._evaluate(state, steps, self.config.evaluate.final_batches)
             self._finished(state, steps)
@@ -199,29 +213,29 @@ class Loop:
 
     # ---- the loop
 
-    def _steps(self, state: Any, rows: Any, done: int) -> Any:
+    def _steps(self, state: Any, ahead: Prefetch, done: int) -> Any:
         """Run the remaining steps. Metrics of a step are read after the next one is dispatched."""
-        config, pending = self.config, None
+        config = self.config
+        pending: list[Pending] = []  # steps whose metrics are still on the device
         for step in range(done + 1, config.train.steps + 1):
-            batch = next(rows)
-            self.positions = {step - 1: self.positions[step - 1], step: rows.get_state()} | self._older(step)
+            last = step == config.train.steps
+            inputs = ahead.take()
+            self.positions[step] = inputs.position
             self.reporter.before_step(step)
-            rates = self.rates(step)
-            placed = self.setup.put_batch(batch, config.data.batch_size)
-            placed |= self.setup.put_wish(self.stop.received is not None)
-            state, metrics = self.train_step(state, placed, self.setup.put_scalars(rates))
+            batch = inputs.batch | self.setup.put_wish(self.stop.received is not None)
+            ahead.begin()
+            state, metrics = self.train_step(state, batch, inputs.rates)
             stopping = self._read(pending, state)
-            pending = (step, metrics, rates)
+            pending.append(Pending(step, metrics, inputs.host_rates))
             if step == done + 1:
                 # What start-up made lives as long as the run; without this, collections walk through it for ever.
                 gc.collect()
                 gc.freeze()
-            last = step == config.train.steps
             evaluating = bool(config.evaluate.every) and step % config.evaluate.every == 0
             saving = last or (bool(config.checkpoint.every) and step % config.checkpoint.every == 0)
             if evaluating or saving or stopping:
-                stopping = self._read(pending, state) or stopping
-                pending, metric = None, None
+                stopping = self._read(pending, state, now=True) or stopping
+                metric = None
                 if last:
                     # The row of the last step is of all held-out data; checkpoints are compared on the usual part of it.
                     metric = self._score(state, config.evaluate.batches)["loss"] if config.checkpoint.keep_best else None
@@ -233,20 +247,29 @@ class Loop:
                     self._preempt(step)
         return state
 
-    def _older(self, step: int) -> dict[int, dict[str, Any]]:
-        return {step - 2: self.positions[step - 2]} if step - 2 in self.positions else {}
+    def _read(self, pending: list[Pending], state: Any, now: bool = False) -> bool:
+        """Fetch metrics that are on the device, write the row that is due, and end the run if it halted.
 
-    def _read(self, pending: Any, state: Any) -> bool:
-        """Fetch the metrics of a step, report them, and end the run if it halted. Returns whether to stop."""
-        if pending is None:
+        An accelerator is read after every step, so that one step is in flight and no more. On CPU, where steps run in the
+        caller's thread, that would only cost time, and a row that is due, or a dozen steps, is waited for.
+
+        Returns:
+          Whether to stop.
+        """
+        if not pending:
             return False
-        step, metrics, rates = pending
-        values = jax.device_get(metrics)
-        if values["halted"]:
-            self._diverge(state, step, values)
-        self.reporter.train(step, values, rates)
-        if "stop" in values:  # several processes: all learn of the signal from the same step
-            return bool(values["stop"])
+        step, metrics, rates = pending[-1]
+        due = self.reporter.due(step)
+        if not (now or due or self.read_every_step or len(pending) >= MOST_PENDING):
+            return self.stop.received is not None
+        if jax.device_get(metrics["halted"]):
+            self._diverge(state, pending)
+        if due:
+            self.reporter.train(step, jax.device_get(metrics), rates)
+        pending.clear()
+        self.positions = {step: position for step, position in self.positions.items() if step >= max(self.positions) - 1}
+        if "stop" in metrics:  # several processes: all learn of the signal from the same step
+            return bool(jax.device_get(metrics["stop"]))
         return self.stop.received is not None
 
     def _score(self, state: Any, batches: int | None) -> dict[str, float]:
@@ -289,8 +312,10 @@ class Loop:
             self.directory.write_status("preempted", step, name)
         raise Preempted(f"stopped by {name} after saving step {step}; start the same command again to go on")
 
-    def _diverge(self, state: Any, step: int, values: dict[str, Any]) -> None:
-        """Every update from `step` on was held back on the device, so `state` is the one before it."""
+    def _diverge(self, state: Any, pending: list[Pending]) -> None:
+        """End the run at the first step that halted it; every update from there on was held back on the device."""
+        fetched = [(entry.step, jax.device_get(entry.metrics)) for entry in pending]
+        step, values = next((step, values) for step, values in fetched if values["halted"])
         before, after = self.positions[step - 1], self.positions[step]
         report = {
             "step": step,

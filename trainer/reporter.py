@@ -100,10 +100,12 @@ class Reporter:
         first, last = self.config.log.profile
         self.say(f"profiler trace of steps {first} to {last} in {self._profile_directory}")
 
+    def due(self, step: int) -> bool:
+        """Whether a step has a row: the first, every `log.every`-th and the last."""
+        return step == 1 or step % self.config.log.every == 0 or step == self.config.train.steps
+
     def train(self, step: int, values: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
-        """A row of training, if it is this step's turn: step 1, every `log.every`-th and the last."""
-        if not (step == 1 or step % self.config.log.every == 0 or step == self.config.train.steps):
-            return
+        """A row of training."""
         tokens = max(float(values["tokens"]), 1.0)
         loss = float(values["nats"]) / tokens
         row = {"step": step, "split": "train", "loss": loss, "objective": loss + float(values["auxiliary"])}

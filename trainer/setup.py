@@ -140,6 +140,14 @@ class Setup:
             for name, rows in batch.items()
         }
 
+    def put_inputs(self, batches: list[Any], rates: list[Any]) -> list[tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+        """Training batches and the rates that go with them onto the devices, all in one transfer where possible."""
+        size = self.config.data.batch_size
+        if jax.process_count() > 1:
+            return [(self.put_batch(batch, size), self.put_scalars(rate)) for batch, rate in zip(batches, rates, strict=True)]
+        places = (NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(list(zip(batches, rates, strict=True)), [places] * len(batches))
+
     def put_wish(self, stop: bool) -> dict[str, jax.Array]:
         """This process's wish to stop, beside those of the others: int32 [devices], as an entry `stop` of a batch.
 

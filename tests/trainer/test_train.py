@@ -40,10 +40,10 @@ def interrupt_after(monkeypatch, step):
     """Let training die right after it has dispatched `step`, without saving anything."""
     original = loop.Loop._read
 
-    def read(self, pending, state):
-        if pending is not None and pending[0] == step:
+    def read(self, pending, *rest, **more):
+        if pending and pending[-1].step == step:
             raise Killed
-        return original(self, pending, state)
+        return original(self, pending, *rest, **more)
 
     monkeypatch.setattr(loop.Loop, "_read", read)
 
@@ -158,10 +158,10 @@ def test_a_signal_saves_and_a_second_start_goes_on(tiny, tmp_path, monkeypatch):
     trainer.train(tiny(), tmp_path / "whole")
     original = loop.Loop._read
 
-    def read(self, pending, state):
-        if pending is not None and pending[0] == 4:
+    def read(self, pending, *rest, **more):
+        if pending and pending[-1].step == 4:
             self.stop.received = "SIGTERM"
-        return original(self, pending, state)
+        return original(self, pending, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_read", read)
@@ -277,6 +277,14 @@ def test_a_non_finite_loss_stops_the_run_and_saves_the_state_before_it(tiny, tmp
     assert run.step == POISON - 1 and same(run.params, trainer.load(tmp_path / "whole", POISON - 1).params)
     trainer.train(tiny(), tmp_path / "run")  # the cause is gone: it goes on from there, exactly
     assert same(final(tmp_path / "run"), final(tmp_path / "whole"))
+
+
+def test_the_step_that_halted_is_found_among_several_that_are_read_together(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch)
+    with pytest.raises(Diverged, match=f"step {POISON} is not finite"):
+        trainer.train(tiny(log__every=100, evaluate__every=0, checkpoint__every=0), tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert report["step"] == POISON and report["examples"] == [16, 20] and trainer.load(tmp_path / "run").step == POISON - 1
 
 
 def test_skip_counts_and_leaves_parameters_alone(tiny, tmp_path, monkeypatch):
