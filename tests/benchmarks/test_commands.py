@@ -41,7 +41,7 @@ def run(root, tmp_path):
 def test_loop_overhead_compares_every_loop_segment_with_its_neighbours(run):
     found = run("loop_overhead", "--pairs", "3", "--segment", "4", *changes())
     assert found["loop_over_bare"]["count"] == 3 and found["loop_over_bare"]["median"] > 0
-    assert {"data", "put_batch", "put_scalars", "the rest"} <= found["host_milliseconds"].keys()
+    assert {"waiting for the batch", "metrics row", "the rest"} <= found["host_milliseconds"].keys()
 
 
 def test_compile_depth_reports_both_depths_and_their_ratio(run):

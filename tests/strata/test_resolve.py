@@ -137,7 +137,8 @@ def test_to_tree_and_back_is_the_identity():
         ("1e3", int, 1000), ("10_000", int, 10000), ("2.0", int, 2), ("-3", int, -3), ("2", float, 2.0), ("1_0.5", float, 10.5),
         ("none", int | None, None), ("None", str | None, None), ("none", str, "none"), ("true", bool, True), ("0", bool, False),
         ("a b", str, "a b"), ("'1'", str, "1"), ("1,2", tuple[int, ...], (1, 2)), ("[1e3]", tuple[int, ...], (1000,)),
-        ("(1, 2)", tuple[int, ...], (1, 2)), ("a,b", tuple[str, ...], ("a", "b")), ("5", tuple[int, ...], (5,)), ("[]", tuple[str, ...], ()),
+        ("(1, 2)", tuple[int, ...], (1, 2)),
+        ("a,b", tuple[str, ...], ("a", "b")), ("5", tuple[int, ...], (5,)), ("[]", tuple[str, ...], ()),
         ('{"a": [1]}', dict | None, {"a": [1]}), ("[a, b]", tuple[str, ...], ("a", "b")), ("a, b", tuple[str, ...], ("a", "b")),
     ],
 )  # fmt: skip

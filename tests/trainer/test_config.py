@@ -80,7 +80,9 @@ def test_a_nested_typo_gets_its_path_and_a_suggestion(write):
 
 
 def test_every_mistake_is_listed(write):
-    text = fails(write(BASE), ("model.layers", "1.5"), ("trian.steps", "3"), ("optimizer.schedule.name", "cosin"), ("seed", "-1"))
+    text = fails(
+        write(BASE), ("model.layers", "1.5"), ("trian.steps", "3"), ("optimizer.schedule.name", "cosi"), ("seed", "-1")
+    )
     for path in ("model.layers", "trian", "optimizer.schedule.name", "seed"):
         assert f"  {path}" in text
     assert text.startswith("4 problems")
@@ -196,7 +198,8 @@ def test_the_run_id_is_the_hash_of_semantic_keys_and_the_seed(write):
     base = config()
     assert run_id(base) == f"{config_hash(base)}-s0"
     assert run_id(config(("seed", "3"))) == f"{config_hash(base)}-s3"
-    for change in (("mesh.data", "2"), ("train.remat", "full"), ("log.every", "7"), ("checkpoint.keep_latest", "5"), ("data.workers", "2")):
+    other = {"mesh.data": "2", "train.remat": "full", "log.every": "7", "checkpoint.keep_latest": "5", "data.workers": "2"}
+    for change in other.items():
         assert config_hash(config(change)) == config_hash(base), change
     for change in (("model.width", "128"), ("train.steps", "7"), ("train.precision", "bfloat16"), ("data.seed", "0")):
         assert config_hash(config(change)) != config_hash(base), change

@@ -32,7 +32,16 @@ def test_device_kinds_as_jax_spells_them_have_their_dense_peak(kind, tera):
 
 @pytest.mark.parametrize(
     "kind",
-    ["cpu", "", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v9", "AMD Instinct MI300X"],
+    [
+        "cpu",
+        "",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "TPU v9",
+        "AMD Instinct MI300X",
+    ],
 )
 def test_an_unknown_device_has_no_peak_and_no_utilisation(kind):
     assert peak_flops(kind) is None and mfu(1e9, 1e6, kind, 1) is None

@@ -43,9 +43,7 @@ def place(tmp_path_factory):
 def begin(place: Path, *arguments: object) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "trainer", "--config", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def begin_two(place: Path, config: str, run: Path, *arguments: object) -> list[subprocess.Popen]:
@@ -97,6 +95,11 @@ def together(place):
 
 def test_two_processes_give_the_rows_of_one(alone, together):
     agree(together[0], alone)
+
+
+def test_a_replica_that_is_split_over_processes_reads_the_same_rows_in_both(place, alone):
+    ended(begin_two(place, "small.py", place / "tensor", "--config.mesh.tensor=2"), 0)
+    agree(place / "tensor", alone)
 
 
 def test_only_the_first_process_writes_and_speaks(together):

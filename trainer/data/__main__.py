@@ -104,7 +104,8 @@ def find_source(chosen: argparse.Namespace) -> Source:
         options = _resolved(PythonSource, {"which": which or "standard_library", "held_out": chosen.held_out})
         files = [path for _, path in python_source.list_files(python_source.roots(options.which), options.tests)]
         return Source(
-            {"kind": "python_source", "python": platform.python_version(), **strata.to_tree(options)}, _stamps(files),
+            {"kind": "python_source", "python": platform.python_version(), **strata.to_tree(options)},
+            _stamps(files),
             lambda on_read: python_source.documents(options, on_read=on_read),
         )
     tree = {name: getattr(chosen, name) for name in ("validation_files", "held_out", "split", "field")}
@@ -113,7 +114,8 @@ def find_source(chosen: argparse.Namespace) -> Source:
     if options.validation_files:
         files += text_files.matching(options.validation_files, "--validation_files")
     return Source(
-        {"kind": "text_files", **strata.to_tree(options)}, _stamps(files),
+        {"kind": "text_files", **strata.to_tree(options)},
+        _stamps(files),
         lambda on_read: text_files.documents(options, on_read),
     )
 
@@ -173,8 +175,10 @@ def train_tokenizer(chosen: argparse.Namespace) -> None:
 
         train_bpe(texts(), chosen.vocab_size, chosen.out)
     tokenizer = load_tokenizer(str(chosen.out))
-    print(f"{chosen.out}: {tokenizer.vocab_size} ids, separator {SEPARATORS[0]} = {tokenizer.separator}, "
-          f"vocabulary {tokenizer.fingerprint[:12]}")
+    print(
+        f"{chosen.out}: {tokenizer.vocab_size} ids, separator {SEPARATORS[0]} = {tokenizer.separator}, "
+        f"vocabulary {tokenizer.fingerprint[:12]}"
+    )
 
 
 def write_directory(chosen: argparse.Namespace) -> None:
@@ -186,8 +190,12 @@ def write_directory(chosen: argparse.Namespace) -> None:
         print(f"{chosen.out} is finished already", file=sys.stderr)
     with progress_bar("writing shards", source.bytes) as advance:
         index = write_shards(
-            source.documents(advance), tokenizer, chosen.out, shard_tokens=chosen.shard_tokens,
-            settings=source.description | {"files": source.files}, description=source.description,
+            source.documents(advance),
+            tokenizer,
+            chosen.out,
+            shard_tokens=chosen.shard_tokens,
+            settings=source.description | {"files": source.files},
+            description=source.description,
         )
     _print_index(chosen.out, index)
 
@@ -223,15 +231,20 @@ def _print_index(directory: Path, index: dict[str, Any]) -> None:
     facts = index["description"]
     for split in ("train", "validation"):
         counts = facts[split]
-        print(f"{directory}: {split} {len(index[split]['shards'])} shards, {counts['tokens']:,} tokens, "
-              f"{counts['bytes']:,} bytes, {counts['documents']:,} documents")
-    print(f"{directory}: tokenizer {facts['tokenizer']}, vocabulary {index['vocabulary'][:12]}, "
-          f"text {facts['fingerprint'][:12]}")
+        print(
+            f"{directory}: {split} {len(index[split]['shards'])} shards, {counts['tokens']:,} tokens, "
+            f"{counts['bytes']:,} bytes, {counts['documents']:,} documents"
+        )
+    print(
+        f"{directory}: tokenizer {facts['tokenizer']}, vocabulary {index['vocabulary'][:12]}, text {facts['fingerprint'][:12]}"
+    )
 
 
 def _print_shard(path: Path, header: shards.Header, note: str) -> None:
-    print(f"{path}: {header.count:,} tokens of {header.itemsize} bytes, {header.vocab_size} ids, "
-          f"vocabulary {header.vocabulary[:12]}, sha256 {header.checksum[:12]}{note}")
+    print(
+        f"{path}: {header.count:,} tokens of {header.itemsize} bytes, {header.vocab_size} ids, "
+        f"vocabulary {header.vocabulary[:12]}, sha256 {header.checksum[:12]}{note}"
+    )
 
 
 if __name__ == "__main__":

@@ -126,7 +126,13 @@ def bigram(options: Bigram, seed: int) -> Dataset:
         "validation": {"sequences": options.validation_examples, "tokens": options.validation_examples * length},
     }
     decisive = [
-        options.vocabulary, options.deterministic, options.successors, options.concentration, options.table_seed, length, seed,
+        options.vocabulary,
+        options.deterministic,
+        options.successors,
+        options.concentration,
+        options.table_seed,
+        length,
+        seed,
     ]
     return Dataset(
         options=options,

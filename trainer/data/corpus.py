@@ -169,6 +169,12 @@ def described(description: dict[str, Any], tally: Tally, tokens: dict[bool, int]
         name: {"documents": tally.documents[side], "bytes": tally.bytes[side], "tokens": tokens[side]}
         for name, side in (("train", False), ("validation", True))
     }
-    return description | sides | {
-        "fingerprint": tally.fingerprint, "empty_documents": tally.empty, "bytes_exact": exact,
-    }
+    return (
+        description
+        | sides
+        | {
+            "fingerprint": tally.fingerprint,
+            "empty_documents": tally.empty,
+            "bytes_exact": exact,
+        }
+    )

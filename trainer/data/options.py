@@ -25,7 +25,9 @@ class Batches:
     batch_size: int = option(16, "sequences per update, over all devices and micro-batches", least=1)
     seed: int | None = option(None, "of the order of examples; None: the top-level seed", least=0, most=2**31 - 1)
     workers: int = option(
-        0, "threads that read ahead of training, in the same order for any number; 0: batches are read when asked for", least=0,
+        0,
+        "threads that read ahead of training, in the same order for any number; 0: batches are read when asked for",
+        least=0,
         key="execution",
     )
     prefetch: int = option(8, "batches kept ready when workers > 0", least=1, key="execution")
@@ -171,9 +173,7 @@ class Bigram(Synthetic):
     vocabulary: int = option(64, "symbols", least=2, most=65_536)
     deterministic: float = option(0.5, "fraction of symbols with exactly one successor", least=0, most=1)
     successors: int = option(8, "successors of every other symbol", least=1)
-    concentration: float | None = option(
-        None, "Dirichlet parameter of the successors' probabilities; None: all equal", above=0
-    )
+    concentration: float | None = option(None, "Dirichlet parameter of the successors' probabilities; None: all equal", above=0)
     table_seed: int = option(0, "of the transition table, apart from the seed of the examples", least=0, most=2**31 - 1)
 
     def problems(self) -> Problems:
@@ -194,16 +194,17 @@ class Recall(Synthetic):
     vocabulary: int = option(512, "tokens: a blank, then keys, then as many values", least=5, most=65_536)
     pairs: int = option(16, "key-value pairs in a row, all of them asked for", least=1)
     power: float = option(0.01, "exponent of the gaps: below 1 queries come early, 1 is uniform", above=0)
-    filler: str = option(
-        "random", "what stands between queries: values drawn at random, or blanks", among=("random", "blank")
-    )
+    filler: str = option("random", "what stands between queries: values drawn at random, or blanks", among=("random", "blank"))
 
     def problems(self) -> Problems:
         """The pairs must fit into a row, and the keys into the vocabulary."""
         if 4 * self.pairs > self.sequence_length + 1:
-            yield "pairs", (
-                f"{self.pairs} pairs and their queries need 4 x {self.pairs} tokens; a row has "
-                f"sequence_length + 1 = {self.sequence_length + 1}"
+            yield (
+                "pairs",
+                (
+                    f"{self.pairs} pairs and their queries need 4 x {self.pairs} tokens; a row has "
+                    f"sequence_length + 1 = {self.sequence_length + 1}"
+                ),
             )
         if self.pairs > (self.vocabulary - 1) // 2:
             yield "pairs", f"a vocabulary of {self.vocabulary} has only {(self.vocabulary - 1) // 2} keys"

@@ -47,8 +47,13 @@ class Header(NamedTuple):
     def to_bytes(self) -> bytes:
         """The first `TOKENS_AT` bytes of the file."""
         fields = _FIELDS.pack(
-            MAGIC, VERSION, self.itemsize, self.vocab_size, self.count,
-            bytes.fromhex(self.vocabulary), bytes.fromhex(self.checksum),
+            MAGIC,
+            VERSION,
+            self.itemsize,
+            self.vocab_size,
+            self.count,
+            bytes.fromhex(self.vocabulary),
+            bytes.fromhex(self.checksum),
         )
         return (fields + struct.pack("<I", zlib.crc32(fields))).ljust(TOKENS_AT, b"\0")
 

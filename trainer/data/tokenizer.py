@@ -14,7 +14,16 @@ import numpy as np
 from strata import ConfigError, DataError
 
 SEPARATORS = (
-    "<|separator|>", "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<bos>", "<s>", "</s>", "<eos>", "[SEP]", "[CLS]",
+    "<|separator|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|begin_of_text|>",
+    "<bos>",
+    "<s>",
+    "</s>",
+    "<eos>",
+    "[SEP]",
+    "[CLS]",
 )
 """Special tokens that may open a document, in order of preference."""
 
@@ -112,8 +121,12 @@ class HuggingFaceTokenizer:
         self._model.no_truncation()
         self._model.no_padding()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        self._special = {token: id for id, added in self._model.get_added_tokens_decoder().items() if added.special
-                         for token in [added.content]}
+        self._special = {
+            token: id
+            for id, added in self._model.get_added_tokens_decoder().items()
+            if added.special
+            for token in [added.content]
+        }
         ids = max(vocabulary.values()) + 1
         known = [self._special[token] for token in SEPARATORS if token in self._special]
         self.separator = known[0] if known else ids

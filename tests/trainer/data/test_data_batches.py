@@ -18,8 +18,10 @@ def test_batches_keep_the_contract(dataset):
     for batch in [*take(dataset.train(), 3), *dataset.validation()]:
         types = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
         assert types == {
-            "tokens": ("int32", (4, 16)), "targets": ("int32", (4, 16)),
-            "segment_ids": ("int32", (4, 16)), "weights": ("float32", (4, 16)),
+            "tokens": ("int32", (4, 16)),
+            "targets": ("int32", (4, 16)),
+            "segment_ids": ("int32", (4, 16)),
+            "weights": ("float32", (4, 16)),
         }
         assert all(0 <= batch[name].min() and batch[name].max() < dataset.vocab_size for name in ("tokens", "targets"))
         assert set(np.unique(batch["weights"])) <= {0.0, 1.0}
