@@ -23,42 +23,11 @@ def one_query_block() -> None:
     softmax.MOST_BLOCKS = 1
 
 
-def straight_key_gradients() -> None:
-    """`models.mixers.softmax` with d_k and d_v written as [B, H, S, D] at once."""
-    import jax
-    import jax.numpy as jnp
-
-    from models.mixers import softmax
-
-    def weighted(q, k, v, mask):
-        return softmax._weighted_forward(q, k, v, mask)[0]
-
-    def backward(residual, d_mixed):
-        q, k, v, weights, mixed = residual
-        d_weights = jnp.einsum("bhtd,bhsd->bhts", d_mixed, v)
-        d_scores = weights * (d_weights - jnp.sum(d_mixed * mixed, axis=-1, keepdims=True))
-        d_k = jnp.einsum("bhts,bhtd->bhsd", d_scores, q)
-        d_v = jnp.einsum("bhts,bhtd->bhsd", weights, d_mixed)
-        return jnp.einsum("bhts,bhsd->bhtd", d_scores, k), d_k, d_v, None
-
-    softmax._weighted = jax.custom_vjp(weighted)
-    softmax._weighted.defvjp(softmax._weighted_forward, backward)
-
-
 def derived_attention_gradient() -> None:
     """`models.mixers.softmax._weighted` without its own derivative: JAX derives it."""
     from models.mixers import softmax
 
     softmax._weighted = lambda q, k, v, mask: softmax._weighted_forward(q, k, v, mask)[0]
-
-
-def indexed_layers() -> None:
-    """`models.depth.sequential.unstack` by indexing: a full-sized gradient, mostly zero, from every layer."""
-    import jax
-
-    from models.depth import sequential
-
-    sequential.unstack = lambda tree, size: [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(size)]
 
 
 SETTINGS = {
@@ -68,9 +37,7 @@ SETTINGS = {
 FORMS: dict[str, tuple[Callable[[], None], str]] = {
     "flat_products": (several_axes, "weight gradient over several axes (models.layers.linear)"),
     "query_blocks": (one_query_block, "attention over all keys in one block (models.mixers.softmax)"),
-    "turned_gradients": (straight_key_gradients, "d_k and d_v not turned (models.mixers.softmax)"),
     "attention_gradient": (derived_attention_gradient, "attention's gradient derived by JAX (models.mixers.softmax)"),
-    "split_layers": (indexed_layers, "layers indexed, not split (models.depth.sequential.unstack)"),
 }
 NAMES = (*SETTINGS, *FORMS)
 """Everything that can be left out of Strata's step."""

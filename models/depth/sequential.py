@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models import options
@@ -14,8 +13,8 @@ from models.stack import Segment
 UNROLLED_ON_CPU = 16
 """Most layers that are written out on CPU when the config leaves it open.
 
-XLA's CPU backend runs a scanned backward pass markedly slower than a written-out one (`benchmarks/step_speed.py`), and
-compiling grows with the number of layers."""
+A step that scans takes about 15 % longer on CPU than one written out (`benchmarks/step_speed.py`), and compiling grows with
+the number of layers."""
 
 
 class Sequential:
@@ -77,17 +76,6 @@ def _run(segment: Segment, h: jax.Array, shared: dict[str, Any], remat: str, wri
         body = jax.checkpoint(body, prevent_cse=written_out, policy=policy)
     if not written_out:
         return jax.lax.scan(body, h, states)[0]
-    for layer in unstack(states, segment.repeats):
-        h, _ = body(h, layer)
+    for i in range(segment.repeats):
+        h, _ = body(h, jax.tree.map(lambda leaf, i=i: leaf[i], states))
     return h
-
-
-def unstack(tree: Any, size: int) -> list[Any]:
-    """The layers of a stacked pytree, one by one.
-
-    Through `lax.split`, whose transpose is one concatenation; indexing would add `size` full-sized gradients, each zero
-    but for one layer.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    columns = [jax.lax.split(leaf, (1,) * size, axis=0) for leaf in leaves]
-    return [structure.unflatten([jnp.squeeze(column[i], 0) for column in columns]) for i in range(size)]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from strata import ConfigError
 
-QUERY_BLOCK = 128
-"""Fewest queries of a block in causal attention by XLA; smaller ones cost more in small products than they save."""
+QUERY_BLOCK = 256
+"""Fewest queries of a block in causal attention by XLA; blocks of 128 made a step slower (`benchmarks/step_speed.py`)."""
 
 MOST_BLOCKS = 8
 """Most blocks of queries, so that the program does not grow with the sequence."""
@@ -102,9 +102,8 @@ def _weighted_backward(residual, d_mixed):
     d_weights = jnp.einsum("bhtd,bhsd->bhts", d_mixed, v, preferred_element_type=jnp.float32)
     centre = jnp.sum(d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True)
     d_scores = (weights * (d_weights - centre)).astype(q.dtype)
-    # Written as [B, H, D, S] and turned: measured on CPU, a tenth of the step at T = 256 (`benchmarks/step_speed.py`).
-    d_k = jnp.swapaxes(jnp.einsum("bhtd,bhts->bhds", q, d_scores), 2, 3)
-    d_v = jnp.swapaxes(jnp.einsum("bhtd,bhts->bhds", d_mixed, weights), 2, 3)
+    d_k = jnp.einsum("bhts,bhtd->bhsd", d_scores, q)
+    d_v = jnp.einsum("bhts,bhtd->bhsd", weights, d_mixed)
     return jnp.einsum("bhts,bhsd->bhtd", d_scores, k), d_k, d_v, None
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks.steps import ablations, plain_jax, strata_step
 from benchmarks.steps.sizes import Size
-from models.depth import sequential
 from models.layers import linear
 from models.mixers import softmax
 from trainer.setup import assemble
@@ -70,7 +69,7 @@ def test_leaving_a_form_out_changes_the_program_and_not_what_it_computes(name, m
     monkeypatch.setattr(softmax, "QUERY_BLOCK", 8)  # so that 24 tokens are three blocks
     params, usual = plain_jax.init(SIZE, jax.random.key(3)), strata_loss()
     program = jax.jit(jax.grad(usual)).lower(params).as_text()
-    homes = ((linear, "product"), (softmax, "MOST_BLOCKS"), (softmax, "_weighted"), (sequential, "unstack"))
+    homes = ((linear, "product"), (softmax, "MOST_BLOCKS"), (softmax, "_weighted"))
     for home, attribute in homes:
         monkeypatch.setattr(home, attribute, getattr(home, attribute))  # is put back afterwards
     ablations.FORMS[name][0]()
