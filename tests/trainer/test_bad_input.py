@@ -323,11 +323,11 @@ def test_a_disk_that_fills_up_between_checkpoints_costs_nothing_that_was_saved(t
     trainer.train(config, tmp_path / "long")
     read = loop.Loop._read
 
-    def full_at_21(self, pending, *rest):
-        if pending is not None and pending[0] == 21:
+    def full_at_21(self, pending, *rest, **more):
+        if pending and pending[-1].step == 21:
             self.checkpointer.wait()
             fill(small_disk)  # a row or two still fit into the last block of their file
-        return read(self, pending, *rest)
+        return read(self, pending, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_read", full_at_21)
