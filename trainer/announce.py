@@ -37,7 +37,10 @@ def announce(loop: Loop, state: Any, done: int) -> None:
     )
     if config.model.mixer.name == "attention":
         name, why = softmax.choose(
-            config.model.mixer.implementation, jnp.dtype(config.train.precision), config.model.head_units
+            config.model.mixer.implementation,
+            jnp.dtype(config.train.precision),
+            config.model.head_units,
+            config.data.sequence_length,
         )
         say(f"attention  {name} ({why})")
     shape = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())

@@ -95,7 +95,10 @@ def _work(setup: Setup) -> list[str]:
     ]
     if config.model.mixer.name == "attention":
         name, why = softmax.choose(
-            config.model.mixer.implementation, jax.numpy.dtype(config.train.precision), config.model.head_units
+            config.model.mixer.implementation,
+            jax.numpy.dtype(config.train.precision),
+            config.model.head_units,
+            config.data.sequence_length,
         )
         lines.append(f"attention: {name} ({why})")
     return lines

@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         return rotate(q, rotary), rotate(k, rotary), v
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, decode: bool = False) -> jax.Array:
-        name = softmax.choose(self.choice, q.dtype, self.head_size)[0]
+        name = softmax.choose(self.choice, q.dtype, self.head_size, None if decode else q.shape[1])[0]
         if decode and name == "cudnn":
             name = "xla"  # a decode step has a handful of queries against a cache: a fused kernel gains nothing there
         mixed = softmax.IMPLEMENTATIONS[name](q, k, v, mask, causal=not decode)

@@ -118,7 +118,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla, "cudnn": cudnn}
 
 
-def why_not_cudnn(dtype: jnp.dtype, head_size: int) -> str | None:
+def why_not_cudnn(dtype: jnp.dtype, head_size: int, length: int | None = None) -> str | None:
     """The reason why cuDNN attention cannot serve here, or None if it can."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
@@ -131,16 +131,18 @@ def why_not_cudnn(dtype: jnp.dtype, head_size: int) -> str | None:
     most = 256 if capability >= 9 else 128
     if head_size % 8 or head_size > most:
         return f"head size {head_size} is not a multiple of 8 up to {most}"
+    if length is not None and length % 2:
+        return f"with a mask it trains on even lengths only, not {length}"
     return None
 
 
-def choose(name: str, dtype: jnp.dtype, head_size: int) -> tuple[str, str]:
-    """The implementation to use and why.
+def choose(name: str, dtype: jnp.dtype, head_size: int, length: int | None = None) -> tuple[str, str]:
+    """The implementation to use and why; `length` is that of the sequence, where it is known.
 
     Raises:
       ConfigError: `cudnn` was asked for by name and cannot serve; nothing is replaced in silence.
     """
-    reason = why_not_cudnn(dtype, head_size)
+    reason = why_not_cudnn(dtype, head_size, length)
     if name == "cudnn" and reason:
         raise ConfigError(f"model.mixer.implementation = 'cudnn' cannot serve: {reason}; choose auto or xla")
     if name != "auto":

@@ -143,6 +143,8 @@ def test_auto_says_what_it_chose_and_why(monkeypatch):
         assert name == "xla" and reason in why
         with pytest.raises(ConfigError, match=reason):
             softmax.choose("cudnn", jnp.dtype(dtype), size)
+    assert "even lengths only, not 65" in softmax.choose("auto", jnp.dtype("bfloat16"), 64, 65)[1]
+    assert softmax.choose("auto", jnp.dtype("bfloat16"), 64, 64)[0] == "cudnn"
     Device.compute_capability = "7.5"
     assert "below 8.0" in softmax.choose("auto", jnp.dtype("bfloat16"), 64)[1]
     Device.device_kind = "AMD Instinct"
@@ -174,3 +176,24 @@ def test_rotation_turns_pair_i_by_position_times_theta_to_minus_2i_over_d():
     turned = pair * np.exp(1j * np.arange(10, 15)[None, :, None, None] * 50.0 ** (-2 * np.arange(3) / 6))
     found = rotate(jnp.asarray(x, jnp.float32), rotary_table(jnp.arange(10, 15), 6, 50.0))
     np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU: run with JAX_PLATFORMS=cuda")
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_cudnn_equals_the_reference_with_packed_documents_on_a_gpu(kv_heads):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, slope = (
+        jax.random.normal(key, (2, 128, heads, 64), jnp.bfloat16)
+        for key, heads in zip(keys, (4, kv_heads, kv_heads, 4), strict=True)
+    )
+    segments = jnp.repeat(jnp.arange(1, 5), 32)[None].repeat(2, axis=0)
+    places = jnp.arange(128)
+    mask = softmax.attention_mask(places, places, query_segments=segments, key_segments=segments, window=48)
+
+    def run(attend):
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, mask, causal=True), q, k, v)
+        return out, *pull(slope)
+
+    for got, expected in zip(jax.jit(run, static_argnums=0)(softmax.cudnn), run(softmax.reference), strict=True):
+        scale = jnp.max(jnp.abs(expected.astype(jnp.float32)))
+        np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2 * float(scale))
