@@ -42,7 +42,7 @@ def tune_cpu() -> None:
     """Keep the memory of a CPU step in the process between steps; call before JAX's first computation.
 
     XLA allocates one scratch buffer a step and frees it. The C library gives it back to the kernel, which hands it out
-    again page by page, zeroed: two fifths of a small model's step (`benchmarks/step_speed.py`). glibc is asked to keep
+    again page by page, zeroed: more than half of a small model's step (`benchmarks/step_speed.py`). glibc is asked to keep
     what is freed; it does so for the main thread only, so steps are run there, without asynchronous dispatch. Other C
     libraries are left alone. Accelerators are not affected.
     """
