@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.tuning import device_name
+from kernels.xla.limits import LARGEST_CHUNK
 from strata.errors import ConfigError
 
 Decay = Literal["none", "constant", "scalar", "vector"]
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-LARGEST_CHUNK = 256
 
 
 class Tensors(NamedTuple):
@@ -56,6 +57,7 @@ class Call:
     chunk_size: int | None
     interpret: Any
     platform: str  # of the default device
+    device: str  # its name in tuning tables
     capability: str  # compute capability of the default device; empty where there is none
     devices: int
 
@@ -131,6 +133,7 @@ def checked(
         wrong.append(f"chunk_size = {chunk_size!r}; expected a power of two of at most {LARGEST_CHUNK}")
     if wrong:
         raise _refused(op, wrong)
+    device = jax.local_devices()[0]
     return Call(
         op=op,
         decay=decay,
@@ -150,7 +153,8 @@ def checked(
         chunk_size=chunk_size,
         interpret=interpret,
         platform=jax.default_backend(),
-        capability=str(getattr(jax.local_devices()[0], "compute_capability", "")),
+        device=device_name(device.device_kind, device.platform),
+        capability=str(getattr(device, "compute_capability", "")),
         devices=jax.device_count(),
     )
 

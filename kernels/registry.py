@@ -1,7 +1,8 @@
 """Which back-end serves which op: (op, back-end) -> a function and the reason why it cannot serve a given call.
 
 `auto` is fail-closed: a back-end is taken only when it says that it can serve the call, and `explain` tells what every
-back-end said. A back-end asked for by name either serves or raises with its reason; nothing is swapped silently.
+back-end said and which chunk size is taken. A back-end asked for by name either serves or raises with its reason; nothing is
+swapped silently.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kernels.mosaic_gpu import limits as mosaic_gpu
 from kernels.tpu import limits as tpu
+from kernels.tuning import LEGAL, Tuned, tuned
 from strata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,13 +44,14 @@ class Implementation(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The back-end of a call and what the others said."""
+    """The back-end of a call, what the others said, and how it was tuned (None where there is nothing to tune)."""
 
     backend: str
     refusals: dict[str, str]
+    tuned: Tuned | None = None
 
     def __str__(self) -> str:
-        lines = [f"back-end: {self.backend}"]
+        lines = [f"back-end: {self.backend}" + (f", {self.tuned}" if self.tuned else "")]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refusals.items()])
 
 
@@ -76,22 +79,26 @@ def _not_split(call: Call, backend: str) -> str | None:
     return None
 
 
+def _tuned(call: Call, backend: str) -> Tuned | None:
+    return tuned(call, backend) if backend in LEGAL else None
+
+
 def choose(call: Call, backend: str = "auto") -> Choice:
     """The back-end that serves `call`.
 
     Raises:
-      ConfigError: the back-end asked for by name cannot serve; or, for `auto`, none can.
+      ConfigError: the back-end asked for by name cannot serve; or, for `auto`, none can; or a tuning table is malformed.
     """
     if backend != "auto":
         reason = refusal(call, backend)
         if reason is not None:
             raise ConfigError(f'kernels.{call.op}: backend="{backend}" cannot serve this call: {reason}')
-        return Choice(backend, {})
+        return Choice(backend, {}, _tuned(call, backend))
     refusals: dict[str, str] = {}
     for name in AUTOMATIC:
         reason = refusal(call, name) or _not_split(call, name)
         if reason is None:
-            return Choice(name, refusals)
+            return Choice(name, refusals, _tuned(call, name))
         refusals[name] = reason
     said = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
     raise ConfigError(f"kernels.{call.op}: no back-end can serve this call:{said}")

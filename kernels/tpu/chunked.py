@@ -12,7 +12,8 @@ from kernels.reference.recurrence import per_token_gate
 from kernels.sequences import boundaries
 from kernels.tpu import backward, forward
 from kernels.tpu.layout import Form, Operands
-from kernels.tpu.limits import CHUNK, SMALLEST_CHUNK
+from kernels.tpu.limits import SMALLEST_CHUNK
+from kernels.tuning import tuned
 from kernels.xla.decay import FLOOR, GRID
 
 
@@ -88,7 +89,7 @@ def form_of(call: Call) -> Form:
         delta=call.delta,
         segmented=call.segmented,
         scale=call.scale,
-        chunk=min(call.chunk_size or CHUNK, whole),
+        chunk=min(tuned(call, "tpu").chunk_size, whole),
         heads=heads_a_step(decay, call.delta, call.value_heads),
         exact=call.dtype == "float32",
         interpret=call.interpret,

@@ -7,20 +7,15 @@ import jax.numpy as jnp
 
 from kernels.arguments import Call, Tensors
 from kernels.reference.recurrence import per_token_gate
+from kernels.tuning import tuned
 from kernels.xla.additive import additive
 from kernels.xla.chunks import Form, Layout, from_chunks, packed_chunks, runs_of, to_chunks
 from kernels.xla.delta import delta
 
-CHUNK = 64
-CHUNK_BY_CHANNEL_ON_CPU = 32
-"""A decay a channel costs an exponential a row and level, and there are log2(chunk) levels."""
-
 
 def chunk_size(call: Call) -> int:
-    """Tokens a chunk: what the call says, else the sizes above, but no more than the sequence has, rounded up."""
-    by_channel = call.decay == "vector" and call.platform == "cpu"
-    wanted = call.chunk_size or (CHUNK_BY_CHANNEL_ON_CPU if by_channel else CHUNK)
-    return min(wanted, 1 << (call.length - 1).bit_length())
+    """Tokens a chunk: what the call says, else what `kernels.tuning` has, but no more than the sequence has, rounded up."""
+    return min(tuned(call, "xla").chunk_size, 1 << (call.length - 1).bit_length())
 
 
 def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
