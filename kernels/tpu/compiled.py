@@ -3,10 +3,12 @@
     pip install libtpu
     python -m kernels.tpu.compiled            # compile what changed, compare with bundles.json
     python -m kernels.tpu.compiled --write    # and record; a count that grew needs --allow_growth as well
+    python -m kernels.tpu.compiled --write --devices v6e --dtypes float32 --forms scalar_decay_additive
 
 A bundle is what a TPU core issues in one cycle at best. Counts rank variants of a kernel; they are no times: stalls on memory
 are not in them. A kernel that overflows VMEM, or that the compiler rejects, fails here. `bundles.json` holds the hash of the
-sources that it was made from, so that unchanged kernels cost nothing.
+sources that it was made from, so that unchanged kernels cost nothing. A part may be compiled alone, long ones in float32 say:
+what else the file holds is kept as long as sources and versions are the same.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def operands(form: Any, dtype: str, device: Any) -> tuple[Any, tuple[Any, ...], 
     return Operands(keys, keys, keys, gates[form.decay], beta, runs, state), saved, keys, state
 
 
-def compile_all(devices: list[str], dtypes: list[str], dump: Path) -> dict[str, dict[str, int]]:
+def compile_all(devices: list[str], dtypes: list[str], forms: list[str], dump: Path) -> dict[str, dict[str, int]]:
     """Bundles of every kernel by device. Raises what the compiler raises."""
     import jax
     from jax.experimental import topologies
@@ -88,6 +90,8 @@ def compile_all(devices: list[str], dtypes: list[str], dump: Path) -> dict[str, 
             for dtype in dtypes:
                 heads = heads_a_step(decay, delta, SHAPE["heads"])
                 form = Form(decay, delta, True, SHAPE["size"] ** -0.5, CHUNK, heads, dtype == "float32", None)
+                if forms and form.name not in forms:
+                    continue
                 given, saved, do, state = operands(form, dtype, device)
                 runs = {
                     "forward": (lambda given, form=form: forward.call(form, given, save=True), (given,)),
@@ -122,11 +126,21 @@ def grown(found: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -
     ]
 
 
+def merged(
+    found: dict[str, dict[str, int]], record: dict[str, Any], source: str, versions: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    """What was compiled now, and what a record of the same sources and versions holds of the rest; devices in their order."""
+    same = record.get("source") == source and record.get("versions") == versions
+    before = record["bundles"] if same else {}
+    return {name: before.get(name, {}) | found.get(name, {}) for name in DEVICES if name in found or name in before}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compile, compare, record."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     made.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    made.add_argument("--forms", nargs="+", default=[], help="names of forms, as scalar_decay_additive; all unless given")
     made.add_argument("--write", action="store_true", help="record the counts")
     made.add_argument("--allow_growth", action="store_true", help="record counts that grew, too")
     options = made.parse_args(argv)
@@ -138,13 +152,14 @@ def main(argv: list[str] | None = None) -> None:
     # Read once, when libtpu starts: before JAX is imported.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-    found = compile_all(options.devices, options.dtypes, dump)
+    found = compile_all(options.devices, options.dtypes, options.forms, dump)
     shutil.rmtree(dump.parent)
     worse = grown(found, record.get("bundles", {}))
     print("\n".join(worse))
     if options.write and (options.allow_growth or not worse):
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-        record = {"source": source_hash(), "versions": versions, "shape": SHAPE, "bundles": found}
+        counts = merged(found, record, source_hash(), versions)
+        record = {"source": source_hash(), "versions": versions, "shape": SHAPE, "bundles": counts}
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {RECORD}")
     elif worse:
