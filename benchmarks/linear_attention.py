@@ -28,28 +28,17 @@ import kernels
 from benchmarks.measure import QUIET, Neighbours, Patience, parser, quiet_only, show, shown_ratio, spread, write_result
 from kernels.inverse import METHODS
 from kernels.ops import GATES
+from kernels.samples import inputs
 
 Run = Callable[[tuple[Any, ...]], Any]
-JLA = ("simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda")
-"""Ops that jax-linear-attention has in its chunked tier under the same name."""
-
-
-def inputs(op: str, batch: int, length: int, heads: int, size: int) -> tuple[Any, ...]:
-    """q, k, v and the gates of the op, in the op's order; keys normalised for delta rules, mild decays."""
-    rng = np.random.default_rng(0)
-    decay, delta = GATES[op]
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
-
-    q, k, v = (normal(batch, length, heads, size) for _ in range(3))
-    gates = []
-    if decay in ("scalar", "vector") and op != "lightnet":
-        gates.append(-np.abs(0.1 * normal(batch, length, heads, *((size,) if decay == "vector" else ()))))
-    if delta:
-        k /= np.linalg.norm(k, axis=-1, keepdims=True)
-        gates.append(rng.uniform(0, 1, (batch, length, heads)).astype(np.float32))
-    return tuple(jnp.asarray(x) for x in (q, k, v, *gates))
+JLA = {
+    "simple_gla": "simple_gla",
+    "gla": "gla",
+    "delta_rule": "deltanet",
+    "gated_delta_rule": "gated_deltanet",
+    "kda": "kda",
+}
+"""Ops that jax-linear-attention has in its chunked tier, and its names for them."""
 
 
 def contestants(op: str, chunks: list[int]) -> dict[str, Callable[..., Any]]:
@@ -63,9 +52,15 @@ def contestants(op: str, chunks: list[int]) -> dict[str, Callable[..., Any]]:
         return found | {f"chunks of {size}": ours(backend="xla", chunk_size=size) for size in chunks}
     found["recurrence"] = ours(backend="reference")
     if op in JLA and importlib.util.find_spec("jla"):
-        chunked = importlib.import_module("jla.ops.chunked")
-        found["jla"] = lambda *x: getattr(chunked, op)(*x)[0]
+        run, gates = importlib.import_module("jla.ops").linear_attention, gate_names(op)
+        found["jla"] = lambda q, k, v, *g: run(JLA[op], q, k, v, impl="chunked", **dict(zip(gates, g, strict=True)))[0]
     return found
+
+
+def gate_names(op: str) -> tuple[str, ...]:
+    """Of the gates that `inputs` gives, in order."""
+    decay, delta = GATES[op]
+    return ("g",) * (decay in ("scalar", "vector") and op != "lightnet") + ("beta",) * delta
 
 
 def timed_forms(f: Callable[..., Any]) -> dict[str, Run]:
