@@ -91,12 +91,12 @@ def invert(run) -> None:
 
 def kept(operand: str, level: int = 80) -> Metric:
     """Digits at one level."""
-    return Metric(f"digits.{operand}", at=level, lower_is_better=False, unit="digits, cosine in %")
+    return Metric(f"digits.{operand}", at=level, lower_is_better=False, unit="digits, cosine in %", log_base=10)
 
 
 def get_experiment() -> Experiment:
     """Six methods."""
-    half, fast = kept("float16"), Metric("timing.doublings", at="median", unit="log2 ms")
+    half, fast = kept("float16"), Metric("timing.doublings", at="median", unit="log2 ms", log_base=2)
     levels = [0, 20, 50, 80, 95, EQUAL]
 
     def sizes(size: int, matrices: int, repeats: int) -> dict:

@@ -177,7 +177,7 @@ def claims() -> list[Claim]:
     relative = Rule(effect=0.03)
 
     def toy(statement: str, against: str, scale: str, budget: int | None = None) -> Claim:
-        metric = Metric("log2_excess", at=budget or "last", unit="log2 nats over the floor")
+        metric = Metric("log2_excess", at=budget or "last", unit="log2 nats over the floor", log_base=2)
         found = {"statement": statement, "source": PAPER, "arm": "WSD-S", "against": against, "rule": relative}
         return Claim(**found, metric=metric, scales=[scale])
 

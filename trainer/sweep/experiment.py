@@ -35,6 +35,9 @@ class Metric:
         counted) until the value first reaches `target`, linear between rows. Fewer are better.
       target: a number, or the name of an arm: its `last` or `best` value (by `at`) at the same seed.
       unit: for people.
+      log_base: of the logarithm that the number is, such as 10 for digits: its zero is a choice of the unit, so that a share
+        in per cent says nothing, and a report gives the factor that a difference stands for. None: no logarithm, or one that
+        is an amount by itself, as a loss in nats.
     """
 
     name: str = "loss"
@@ -44,6 +47,7 @@ class Metric:
     kind: str = "value"
     target: float | str | None = None
     unit: str = ""
+    log_base: float | None = None
 
     @property
     def label(self) -> str:
@@ -337,6 +341,8 @@ def _metric_problems(metric: Metric, arms: Sequence[str]) -> Iterator[Problem]:
         yield Problem(where, f"kind {metric.kind!r} is not one of {', '.join(KINDS)}", has_value=False)
     if not (metric.at in PLACES or (isinstance(metric.at, int) and not isinstance(metric.at, bool) and metric.at >= 0)):
         yield Problem(where, f"at {metric.at!r} is neither last, best, median nor a step", has_value=False)
+    if metric.log_base is not None and not (1 < metric.log_base < math.inf):
+        yield Problem(where, f"log_base {metric.log_base} is not above 1", has_value=False)
     if metric.kind != "value" and metric.target is None:
         yield Problem(where, f"{metric.kind} needs a target: a number or an arm", has_value=False)
     if isinstance(metric.target, str) and metric.target not in arms:
