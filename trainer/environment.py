@@ -33,6 +33,7 @@ def describe_environment(source: str | os.PathLike[str] | None = None) -> dict[s
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "processes": jax.process_count(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": _processor(),
         "variables": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
         "source": _source(Path(source or __file__).resolve()),
         "command_line": sys.orig_argv,
@@ -62,6 +63,8 @@ def differences(first: dict[str, Any], now: dict[str, Any], *, python_matters: b
         compare(f"device {key}", first.get("devices", {}).get(key), now.get("devices", {}).get(key))
     compare("processes", first.get("processes"), now.get("processes"))
     compare("CPUs", first.get("cpus"), now.get("cpus"))
+    if first.get("processor") and now.get("processor"):  # runs of earlier versions do not say
+        compare("processor", first["processor"], now["processor"])
     for name in _VARIABLES:
         compare(name, first.get("variables", {}).get(name), now.get("variables", {}).get(name))
     before, after = first.get("source"), now.get("source")
@@ -70,6 +73,25 @@ def differences(first: dict[str, Any], now: dict[str, Any], *, python_matters: b
         if before.get("diff") != after.get("diff") or before.get("untracked") != after.get("untracked"):
             found.append("source: uncommitted changes differ")
     return found
+
+
+def _processor(description: str | os.PathLike[str] = "/proc/cpuinfo") -> str | None:
+    """The name of the processor's model, such as "AMD EPYC 9B14"; None where the system does not say it.
+
+    Args:
+      description: of the processors as Linux writes it. Elsewhere Python's own answer is taken, unless it only repeats the
+        architecture.
+    """
+    try:
+        lines = Path(description).read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Processor") and value.strip():
+            return " ".join(value.split())
+    found = platform.processor()
+    return found if found and found != platform.machine() else None
 
 
 def _version(package: str) -> str | None:

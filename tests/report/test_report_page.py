@@ -99,6 +99,31 @@ def test_numbers_over_layers_are_drawn_as_heat_maps_and_a_grid_of_rates_as_a_u_c
     assert "1 at 0.01" in u_curve.alt and "0.3" not in u_curve.alt.replace("0.3,", "")
 
 
+def test_quantiles_over_layers_are_drawn_as_a_heat_map_of_the_middle_one(planted):
+    from trainer.metrics.jsonl import MetricsWriter
+    from trainer.report.figures import _arrays
+    from trainer.report.results import Results
+
+    plan = planted.plan()
+    spectra = [[0.1, 0.2, 0.9], [0.3, None, 0.8]]
+    for run in plan.runs:
+        directory = planted.write(run, [4.0, 3.0, 2.0])
+        with MetricsWriter(directory / "metrics.jsonl") as metrics:
+            for step in (1, 2):
+                site = {"mixer.query": [[x and x / step for x in row] for row in spectra]}
+                found = {"momentum_spectrum": site, "ragged": [[1.0], [1.0, 2.0]], "one": [[1.0, 2.0]]}
+                metrics.write({"step": step, "split": "diagnostics", **found})
+    results = of_plan(plan, planted.place)
+    assert isinstance(results, Results)
+    arrays = _arrays(results.records[0])
+    assert set(arrays) == {("diagnostics", "momentum_spectrum/mixer.query, middle quantile")}
+    (_, first), (_, second) = arrays["diagnostics", "momentum_spectrum/mixer.query, middle quantile"]
+    np.testing.assert_array_equal(first, [0.2, np.nan])
+    np.testing.assert_array_equal(second, [0.1, np.nan])
+    names = [drawing.name for drawing in draw(analyse(results))]
+    assert "heat-diagnostics-momentum_spectrum-mixer.query-middle-quantile" in names
+
+
 def test_a_report_without_any_finished_run_is_made_all_the_same(planted, tmp_path):
     plan = planted.plan()
     report = analyse(of_plan(plan, planted.place))

@@ -213,6 +213,41 @@ def test_steps_to_a_target_are_those_of_the_other_arm_at_the_same_seed(planted, 
     assert report.verdicts[0].evidence.improvements[0] == pytest.approx(1.0) and report.verdicts[0].word == REPRODUCED
 
 
+def test_an_improvement_of_a_logarithm_is_a_factor_and_no_share(planted, make_experiment):
+    from trainer.report.tables import verdict_facts
+
+    def shown(metric):
+        report = report_of(planted, planted.write_all(BETTER, make_experiment(metric=metric)))
+        return report, to_json(report)["claims"][0], dict(verdict_facts(report.verdicts[0], report))["improvement"]
+
+    report, claim, words = shown(Metric("loss", log_base=2))
+    mean = np.mean(np.subtract(BETTER["a"], BETTER["b"]))
+    assert claim["factor"] == pytest.approx(2**mean) and claim["relative"] is None
+    assert f"(a factor of {2**mean:.4g})" in words and "%" not in words.partition(",")[0]
+    _, claim, words = shown(Metric("loss"))
+    assert claim["factor"] is None and claim["relative"] == pytest.approx(mean / 2) and "% of a)" in words
+    steps, claim, words = shown(Metric("loss", kind="steps_to", target=3.0, log_base=2))  # steps are no logarithm
+    assert claim["factor"] is None and "% of a)" in words
+    grown = Metric("accuracy", lower_is_better=False, log_base=10)
+    _, claim, _ = shown(grown)
+    assert claim["factor"] == pytest.approx(10 ** claim["mean"]) and claim["factor"] > 1
+
+
+def test_the_base_of_a_logarithm_is_above_one(make_experiment):
+    from trainer.sweep.experiment import check
+
+    assert "log_base 1" in str(check(make_experiment(metric=Metric(log_base=1)))[0])
+
+
+def test_the_machine_names_its_processor_where_the_run_does():
+    from trainer.report.results import machine
+
+    known = {"devices": {"count": 1, "kind": "cpu"}, "cpus": 2, "packages": {"jax": "0.10.2"}, "python": "3.11.7"}
+    assert machine(known) == "1 x cpu, 2 CPUs, jax 0.10.2, Python 3.11.7"  # of earlier versions
+    assert machine(known | {"processor": None}) == machine(known)
+    assert machine(known | {"processor": "AMD EPYC"}) == "1 x cpu, 2 CPUs of AMD EPYC, jax 0.10.2, Python 3.11.7"
+
+
 def test_a_target_that_was_not_reached_counts_the_last_step_and_is_said(planted, make_experiment):
     metric = Metric("loss", kind="steps_to", target=0.5)
     found = make_experiment(claims=[Claim(statement="faster", source="x", arm="b", against="a", metric=metric, rule=Rule())])
@@ -256,6 +291,34 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
     assert report.arms[1].chosen == "learning_rate=0.5" and report.verdicts[0].word == REPRODUCED
 
 
+# ---- measurements
+
+
+def test_a_claim_about_measurements_names_the_tokens_of_what_they_looked_at(planted, make_experiment):
+    from trainer.report.tables import arms, verdict_facts
+    from trainer.sweep import RunOf
+
+    how = {"measure": "trainer.sweep.measurement:main"}  # is never called here
+    arms_of = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5})]
+    arms_of += [Arm(f"of {name}", {"run": RunOf(name)}, **how) for name in "ab"]
+    claim = Claim(statement="s", source="x", arm="of b", against="of a", metric=Metric("accuracy"), rule=Rule())
+    found = make_experiment(arms=arms_of, claims=[claim], also=[Metric("only_there")])
+    plan = planted.plan(found)
+    for run in plan.runs:
+        planted.write(run, [4.0, 3.0, BETTER[run.arm[-1]][run.seed]])
+        if run.arm == "of b":
+            file = planted.place.directory(run) / "metrics.jsonl"
+            file.write_text(file.read_text() + '{"step": 9, "split": "val", "only_there": 1.5}\n')
+    report = report_of(planted, plan)
+    trained = next(run.tokens for run in plan.runs if run.arm == "a")
+    assert trained > 0 and to_json(report)["claims"][0]["tokens"] == trained
+    facts = dict(verdict_facts(report.verdicts[0], report))
+    assert "tokens a run" in facts["seen at"] and facts["by seed"].count(":") == 5
+    tables = arms(report)
+    assert [row[0] for row in tables[1].rows] == ["a", "b", "of a", "of b"]
+    assert [row[0] for row in tables[2].rows] == ["of b"] and "3 arms have no such number" in tables[2].caption
+
+
 # ---- numbers out
 
 
@@ -267,7 +330,21 @@ def test_the_json_has_every_number_and_all_that_is_needed_to_run_it_again(plante
     assert claim["paper_effect"] == 0.4 and claim["tokens"] == plan.runs[0].tokens and claim["p_sign_flip"] == 0.0625
     run = found["runs"][0]
     assert run["config"]["seed"] == 0 and run["command"].startswith("python -m trainer --config") and run["versions"]
-    assert found["source"]["command"].startswith("python -m trainer.sweep")
+    again = found["source"]["command"].splitlines()
+    assert again == [f"python -m trainer.{what} planted.py --scale smoke" for what in ("sweep", "report")]
+
+
+def test_the_changes_of_a_code_that_no_revision_names_are_in_the_json(planted):
+    from trainer.report.tables import machines
+
+    source = {"revision": "b" * 40, "diff": "+x\n+y", "untracked": ["new.py"]}
+    environment = {"packages": {}, "source": source, "data": {"kind": "text", "fingerprint": "f" * 64}}
+    report = report_of(planted, planted.write_all(BETTER, environment=environment))
+    changes = to_json(report)["changes"]
+    assert list(changes.values()) == [{"diff": "+x\n+y", "untracked": ["new.py"]}] and "with changes" in list(changes)[0]
+    text = str(machines(report).rows)
+    assert "2 lines of diff, kept in report.json, and 1 new files" in text and "text, fingerprint ffffffffffff'" in text
+    assert not to_json(report_of(planted, planted.write_all(BETTER)))["changes"]
 
 
 def test_two_hundred_reports_of_a_planted_null_reproduce_no_more_than_the_error_rate(planted, make_experiment):

@@ -11,7 +11,7 @@ import pytest
 
 from strata import StrataError
 from trainer.atomic_files import write_bytes_atomic, write_json_atomic
-from trainer.environment import describe_environment, differences
+from trainer.environment import _processor, describe_environment, differences
 from trainer.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -150,8 +150,22 @@ def test_the_environment_says_what_the_run_ran_on_and_names_no_host(environment)
     assert os.uname().nodename not in json.dumps({k: v for k, v in environment.items() if k not in ("command_line", "source")})
 
 
+def test_the_processor_is_the_model_that_linux_names(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD  EPYC 9B14\n\nmodel name\t: second\n")
+    assert _processor(tmp_path / "cpuinfo") == "AMD EPYC 9B14"
+    (tmp_path / "other").write_text("processor\t: 0\n")
+    for file in ("other", "none"):  # another architecture, another system
+        assert _processor(tmp_path / file) != os.uname().machine
+
+
 def test_an_equal_environment_has_no_differences(environment):
     assert differences(environment, json.loads(json.dumps(environment))) == []
+
+
+def test_another_processor_is_listed_where_both_are_known(environment):
+    one, unknown = environment | {"processor": "one"}, {k: v for k, v in environment.items() if k != "processor"}
+    assert differences(one, environment | {"processor": "another"}) == ["processor: one -> another"]
+    assert differences(unknown, one) == [] == differences(one, unknown)  # of earlier versions
 
 
 @pytest.mark.parametrize(

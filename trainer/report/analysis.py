@@ -194,6 +194,7 @@ def to_json(report: Report) -> dict[str, Any]:
             "tuning": [dataclasses.asdict(choice) for choice in results.choices],
             "runs": [_run(record) for record in results.records],
             "rules": results.rules,
+            "changes": uncommitted(results),
             "source": {"file": results.source, "text": results.text, "command": results.command},
         }
     )
@@ -212,7 +213,7 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
         "verdict": found.word,
         "why": found.why,
         "scale": results.scale,
-        "tokens": max((record.tokens for record in results.of(claim.arm)), default=0),
+        "tokens": results.tokens(claim.arm),
         "pairs": len(found.evidence.improvements),
         "planned": found.evidence.planned,
         "seeds": found.evidence.seeds,
@@ -227,6 +228,7 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
         "p_sign_flip": found.sign_flip.two_sided if found.sign_flip else None,
         "hedges_g": found.standardised,
         "relative": relative_effect(verdict, results),
+        "factor": factor(verdict, results),
         "paper_effect": claim.paper_effect,
         "paper_setting": claim.paper_setting,
         "effect_worth_seeing": found.effect,
@@ -237,17 +239,44 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
     }
 
 
+def uncommitted(results: Results) -> dict[str, dict[str, Any]]:
+    """By code version, what was changed since its revision: a diff, and the names of new files."""
+    found = {}
+    for record in results.records:
+        source = record.environment.get("source") or {}
+        if record.versions and (source.get("diff") or source.get("untracked")):
+            found[record.versions[0]] = {key: source.get(key) for key in ("diff", "untracked")}
+    return found
+
+
 def relative_effect(verdict: Verdict, results: Results) -> float:
-    """The mean improvement as a share of the other arm's mean over the same seeds; NaN without pairs."""
+    """The mean improvement as a share of the other arm's mean over the same seeds; NaN without pairs, or of a logarithm."""
     claim, pairs = verdict.evidence.claim, verdict.evidence
-    values = results.values(claim.against, claim.metric or results.metric)
+    metric = claim.metric or results.metric
+    if _log_base(metric) is not None:
+        return math.nan
+    values = results.values(claim.against, metric)
     base = [values[seed][0] for seed in pairs.seeds]
     mean = math.fsum(base) / len(base) if base else math.nan
     return verdict.summary.mean / abs(mean) if base and mean else math.nan
 
 
+def factor(verdict: Verdict, results: Results) -> float:
+    """What the mean improvement of a logarithm stands for: geometric mean of the ratios of the two arms, above 1 in the claim's
+    direction. NaN without pairs, or where the metric is no logarithm.
+    """
+    base = _log_base(verdict.evidence.claim.metric or results.metric)
+    return math.nan if base is None or not verdict.evidence.seeds else base**verdict.summary.mean
+
+
+def _log_base(metric: Metric) -> float | None:
+    """Steps and seconds to a logarithm are none."""
+    return metric.log_base if metric.kind == "value" else None
+
+
 def _run(record: Record) -> dict[str, Any]:
-    kept = {k: v for k, v in record.environment.items() if k in ("python", "packages", "platform", "devices", "cpus", "data")}
+    names = ("python", "packages", "platform", "devices", "cpus", "processor", "variables", "data")
+    kept = {k: v for k, v in record.environment.items() if k in names}
     return {
         "arm": record.arm,
         "seed": record.seed,

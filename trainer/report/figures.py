@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from strata import ConfigError
+from trainer.diagnostics.pictures import LAYOUTS, Layout
 from trainer.report import statistics
 from trainer.report.analysis import Report
 from trainer.report.results import Record, Results
@@ -214,16 +215,26 @@ def _speed(results: Results) -> Drawing | None:
     )
 
 
-def _arrays(record: Record) -> dict[tuple[str, str], list[tuple[int, list[float]]]]:
-    """Numbers over layers: every list in a row, by split and name."""
-    found: dict[tuple[str, str], list[tuple[int, list[float]]]] = {}
+def _arrays(record: Record) -> dict[tuple[str, str], list[tuple[int, np.ndarray]]]:
+    """Numbers over layers: every list in a row, by split and name; of a list of lists, such as quantiles of a spectrum a
+    layer, the vector that pictures of a single run show too.
+    """
+    found: dict[tuple[str, str], list[tuple[int, np.ndarray]]] = {}
 
     def collect(split: str, step: int, name: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 collect(split, step, f"{name}/{key}", item)
-        elif isinstance(value, list) and len(value) > 1 and all(x is None or isinstance(x, int | float) for x in value):
-            found.setdefault((split, name), []).append((step, [math.nan if x is None else float(x) for x in value]))
+        elif isinstance(value, list) and len(value) > 1:
+            try:
+                array = np.array(value, float)  # None becomes NaN
+            except (TypeError, ValueError):  # texts, rows of several lengths
+                return
+            if array.ndim == 2 and array.size:
+                layout = _layout(name)
+                name, array = f"{name}, {layout.vector_label}", layout.vector(array)
+            if array.ndim == 1 and len(array) > 1:
+                found.setdefault((split, name), []).append((step, array))
 
     for row in record.rows:
         for name, value in row.items():
@@ -232,8 +243,15 @@ def _arrays(record: Record) -> dict[tuple[str, str], list[tuple[int, list[float]
     return found
 
 
+def _layout(name: str) -> Layout:
+    """That of the longest beginning of a name that has one."""
+    parts = name.partition(",")[0].split("/")
+    beginnings = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((LAYOUTS[beginning] for beginning in beginnings if beginning in LAYOUTS), Layout())
+
+
 def _heat_maps(results: Results) -> list[Drawing]:
-    """Layer x step of every number that rows hold over layers, one panel an arm, mean over seeds."""
+    """Layer x step of every number that rows hold over layers, such as rates, one panel an arm, mean over seeds."""
     panels: dict[tuple[str, str], dict[str, tuple[list[int], np.ndarray]]] = {}
     for arm in results.arms:
         runs = [_arrays(record) for record in _with_curve(results, arm.name)]
@@ -261,12 +279,13 @@ def _heat_map(split: str, name: str, arms: dict[str, tuple[list[int], np.ndarray
         edges = [steps[0] - 0.5, *((a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)), steps[-1] + 0.5]
         mesh = axis.pcolormesh(edges, np.arange(len(table) + 1) - 0.5, table, norm=norm, cmap="viridis", rasterized=True)
         axis.set_title(arm, fontsize=8, loc="left")
-        axis.set_ylabel("layer")
+        axis.set_ylabel(_layout(name).rows)
     axes[-1, 0].set_xlabel("step")
     figure.colorbar(mesh, ax=list(axes[:, 0]), shrink=0.9)
     more = f" The first {MOST_PANELS} of {len(arms)} arms." if len(arms) > len(shown) else ""
     alt = f"Heat map of {split} {name}, layers upwards, steps to the right, one panel an arm.{more}"
-    return _drawing(figure, f"heat-{split}-{name}".replace("/", "-"), f"{name} by layer and step", alt)
+    file = f"heat-{split}-{name}".replace("/", "-").replace(", ", "-").replace(" ", "-")
+    return _drawing(figure, file, f"{name} by layer and step", alt)
 
 
 def _u_curves(results: Results) -> list[Drawing]:

@@ -39,7 +39,7 @@ def render(report: Report, drawings: Sequence[Drawing], comparison: Comparison |
         lines += ["## Tuning", "", *_table(tables.tuning(report))]
     lines += ["## Runs", "", *_table(tables.runs(report))]
     lines += ["## Code and machine", "", *_table(tables.machines(report))]
-    lines += ["## Run it again", "", "```", results.command, f"python -m trainer.report {results.source}", "```", ""]
+    lines += ["## Run it again", "", "```", results.command, "```", ""]
     commands = {record.arm: record.command for record in reversed(results.records) if record.stage == "compare"}
     lines += ["The first run of each arm without the sweep:", "", "```", *list(commands.values())[::-1], "```", ""]
     if results.text:

@@ -84,7 +84,7 @@ def render(report: Report, drawings: Sequence[Drawing], comparison: Comparison |
         body += ["<h2>Tuning</h2>", _table(tables.tuning(report))]
     body += ["<h2>Runs</h2>", _folded(f"All {len(results.records)} runs", _table(tables.runs(report)))]
     body += ["<h2>Code and machine</h2>", _table(tables.machines(report))]
-    body += ["<h2>Run it again</h2>", _code(f"{results.command}\npython -m trainer.report {results.source}")]
+    body += ["<h2>Run it again</h2>", _code(results.command)]
     if results.text:
         body += [_folded(f"{results.source} as it was", _code(results.text))]
     body += [_folded("The config of each arm", _configs(report)), "<h2>How this was decided</h2>"]

@@ -16,6 +16,7 @@ from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
 from trainer.sweep.experiment import Arm, Claim, Metric
 from trainer.sweep.ledger import last_ends
+from trainer.sweep.needs import with_needed
 from trainer.sweep.outcome import Outcome, outcome
 from trainer.sweep.place import Place, read_plan, rules_of
 from trainer.sweep.plan import Choice, Plan, make_plan
@@ -73,8 +74,16 @@ class Results:
     notes: list[str] = dataclasses.field(default_factory=list)
     source: str = ""  # the file's path
     text: str = ""  # and content
-    command: str = ""
+    command: str = ""  # that runs what is missing, and makes the report
     rules: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def tokens(self, arm: str) -> int:
+        """That a run of an arm was trained on; of a measurement, those of the runs that it looks at."""
+        own = max((record.tokens for record in self.of(arm)), default=0)
+        if own or not any(other.name == arm for other in self.arms):
+            return own
+        before = with_needed([arm], self.arms)
+        return max((record.tokens for record in self.records if record.stage == "compare" and record.arm in before), default=0)
 
     def of(self, arm: str, stage: str = "compare") -> list[Record]:
         """The runs of an arm, by seed."""
@@ -191,6 +200,8 @@ def of_plan(plan: Plan, place: Place) -> Results:
     notes += [f"not tested here, since an arm of it is not run: {statement}" for statement in untested]
     flags = [f"--sweep.{path}={text}" for path, text in plan.source.axes]
     flags += [f"--config.{path}={text}" for path, text in plan.changes]
+    asked = f"{plan.source.path} --scale {plan.scale_name}"
+    known = f"runs/sweeps/{plan.name}" if flags else asked  # of the changes on a command line only the sweep's directory knows
     return Results(
         title=plan.experiment.name,
         question=plan.experiment.question,
@@ -207,7 +218,7 @@ def of_plan(plan: Plan, place: Place) -> Results:
         notes=notes,
         source=str(plan.source.path),
         text=plan.source.text,
-        command=" ".join([f"python -m trainer.sweep {plan.source.path} --scale {plan.scale_name}", *flags]),
+        command=f"{' '.join([f'python -m trainer.sweep {asked}', *flags])}\npython -m trainer.report {known}",
         rules=rules_of(plan),
     )
 
@@ -248,7 +259,9 @@ def code_version(environment: Mapping[str, Any]) -> str:
 def machine(environment: Mapping[str, Any]) -> str:
     """Devices, processors and the versions that decide numbers."""
     devices, packages = environment.get("devices", {}), environment.get("packages", {})
-    words = [f"{devices.get('count')} x {devices.get('kind')}", f"{environment.get('cpus')} CPUs"]
+    processor = environment.get("processor")  # not recorded by runs of earlier versions
+    cpus = f"{environment.get('cpus')} CPUs" + (f" of {processor}" if processor else "")
+    words = [f"{devices.get('count')} x {devices.get('kind')}", cpus]
     words += [f"jax {packages.get('jax')}", f"Python {environment.get('python')}"]
     return ", ".join(words)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from trainer.report.analysis import ArmRow, Report, relative_effect
+from trainer.report.analysis import ArmRow, Report, factor, relative_effect, uncommitted
 from trainer.report.verdicts import Verdict
 
 
@@ -61,16 +63,20 @@ def arms(report: Report) -> list[Table]:
     found = [Table([header[i] for i in used], [[row[i] for i in used] for row in rows])]
     for index, metric in enumerate(report.metrics):
         rows = []
-        for arm in report.arms:
+        shown = [arm for arm in report.arms if index == 0 or arm.summaries[index].n]  # measurements have numbers of their own
+        for arm in shown:
             one, bounds = arm.summaries[index], arm.bounds[index]
-            shown = interval(one.low, one.high, 5)
+            between = interval(one.low, one.high, 5)
             note = f"{bounds} not reached: counted at the last step" if bounds else ""
-            rows.append([arm.name, str(one.n), number(one.mean), shown, number(one.sd, 3), note])
+            rows.append([arm.name, str(one.n), number(one.mean), between, number(one.sd, 3), note])
         header = ["arm", "n", metric.label, "95 % interval", "sd", ""]
         width = 6 if any(row[5] for row in rows) else 5
-        found.append(Table(header[:width], [row[:width] for row in rows]))
+        left = len(report.arms) - len(shown)
+        caption = f"{left} arms have no such number." if rows and left else ""
+        found.append(Table(header[:width], [row[:width] for row in rows], caption))
+    found = not_empty(found)
     last = "Means and 95 % intervals (Student's t) are over the finished runs of an arm; sd is of single runs."
-    found[-1] = dataclasses.replace(found[-1], caption=last)
+    found[-1] = dataclasses.replace(found[-1], caption=f"{found[-1].caption} {last}".strip())
     return found
 
 
@@ -81,14 +87,20 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
     n = len(evidence.improvements)
     relative = relative_effect(verdict, report.results)
     share = f" ({number(100 * relative, 3)} % of {claim.against})" if not math.isnan(relative) else ""
+    times = factor(verdict, report.results)
+    share = f" (a factor of {number(times, 4)})" if not math.isnan(times) else share
     paper = "unknown" if claim.paper_effect is None else number(claim.paper_effect, 4)
-    trained = max((record.tokens for record in report.results.of(claim.arm)), default=0)
+    trained = report.results.tokens(claim.arm)
     facts = [
         ("compared", f"{claim.arm} against {claim.against}: {metric.label}, improvements positive"),
         ("pairs", f"{n} of {evidence.planned} by seed"),
         (
             "improvement",
             f"{number(verdict.summary.mean, 4)}{share}, 95 % interval {interval(verdict.summary.low, verdict.summary.high)}",
+        ),
+        (
+            "by seed",
+            "; ".join(f"{s}: {number(x, 4)}" for s, x in zip(evidence.seeds, evidence.improvements, strict=True)) or "–",
         ),
         ("paper", paper + (f" ({claim.paper_setting})" if claim.paper_setting else "")),
         (
@@ -199,8 +211,28 @@ def machines(report: Report) -> Table:
     rows = [["code", name, str(count)] for name, count in versions.items()]
     rows += [["machine", name, str(count)] for name, count in places.items()]
     packages = next((r.environment.get("packages", {}) for r in report.results.records if r.environment), {})
+    for version, changed in uncommitted(report.results).items():
+        lines, new = len((changed["diff"] or "").splitlines()), len(changed["untracked"] or ())
+        rows.append(["uncommitted changes", f"{version}: {lines} lines of diff, kept in report.json, and {new} new files", ""])
+    data, variables = (
+        _listed(report, "data", _data),
+        _listed(report, "variables", lambda own: ", ".join(map("=".join, own.items()))),
+    )
+    rows += [["data", name, str(count)] for name, count in data.items()]
+    rows += [["environment", name, str(count)] for name, count in variables.items()]
     rows += [["packages", ", ".join(f"{name} {version}" for name, version in packages.items()), ""]] if packages else []
     return Table(["", "", "runs"], rows)
+
+
+def _data(described: Mapping[str, Any]) -> str:
+    """What was trained on, with the fingerprint that says whether other data is the same."""
+    return f"{described.get('kind', 'data')}, fingerprint {str(described.get('fingerprint'))[:12]}"
+
+
+def _listed(report: Report, key: str, words: Callable[[Any], str]) -> dict[str, int]:
+    """What environments say under a key, and how many runs do."""
+    found = [record.environment.get(key) for record in report.results.records]
+    return dict(Counter(words(one) for one in found if one))
 
 
 def not_empty(tables: Sequence[Table]) -> list[Table]:
