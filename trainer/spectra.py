@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--last", type=int, default=1, help="newest checkpoints that are averaged (the paper: steps 1300 to 1500)"
     )
+    parser.add_argument("--until", type=int, help="of the checkpoints up to this step, such as those before a decay (all)")
     parser.add_argument("--kinds", nargs="*", default=[], help="more patterns path=kind (fnmatch over dotted paths)")
     parser.add_argument("--out", type=Path, help="also write values and laws to this JSON file")
     arguments = parser.parse_args(argv)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
     if arguments.last < 1:
         raise ConfigError(f"--last = {arguments.last}: expected at least 1")
-    found = [measure(run, arguments.last, arguments.kinds) for run in arguments.runs]
+    found = [measure(run, arguments.last, arguments.kinds, arguments.until) for run in arguments.runs]
     laws = fits(found)
     show(found, laws)
     if arguments.out:
@@ -56,13 +57,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(run_dir: str | Path, last: int = 1, kinds: Sequence[str] = ()) -> Measured:
+def measure(run_dir: str | Path, last: int = 1, kinds: Sequence[str] = (), until: int | None = None) -> Measured:
     """Quantiles of the momentum of every matrix of a run.
 
     Args:
       run_dir: a run directory.
       last: so many of its newest checkpoints are averaged.
       kinds: more patterns `path=kind`.
+      until: only checkpoints up to this step; None: all.
 
     Raises:
       ConfigError: no run, a matrix of unknown kind, or an optimizer without a running mean of the gradient.
@@ -86,9 +88,9 @@ def measure(run_dir: str | Path, last: int = 1, kinds: Sequence[str] = ()) -> Me
     checkpointer = Checkpointer(directory / "checkpoints")
     logs: dict[Key, list[float]] = {}
     try:
-        steps = checkpointer.steps()[-last:]
+        steps = [step for step in checkpointer.steps() if until is None or step <= until][-last:]
         if not steps:
-            raise StrataError(f"{directory} has no checkpoint yet")
+            raise StrataError(f"{directory} has no checkpoint {'yet' if until is None else f'up to step {until}'}")
         for step in steps:
             arrays = manifest.read_manifest(directory / "checkpoints" / str(step)).arrays
             for path, kind in kind_of.items():
@@ -164,9 +166,18 @@ def show(found: Sequence[Measured], laws: dict[Key, Any]) -> None:
             tail = [f"{law.law.alpha:.3f}", interval, f"{law.r_squared:.3f}", slopes]
         table.add_row(key[0], key[1], f"{key[2]:g}", *cells, *tail)
     console.print(table)
-    for (kind, depth, q), law in laws.items():
-        if q == 0.5:
-            console.print(f"{kind}@{depth}={law.law.c:.6g},{max(law.law.alpha, 0):.4f}")
+    for key in (key for key in laws if key[2] == 0.5):
+        c, alpha = not_rising(laws[key].law, [run.values[key] for run in found if key in run.values])
+        console.print(f"{key[0]}@{key[1]}={c:.6g},{alpha:.4f}")
+
+
+def not_rising(law: Any, values: Sequence[float]) -> Any:
+    """The law, or the constant that fits best where it rises with size: options take no negative exponent, since one that was
+    fitted to noise would promise large models fewer steps.
+    """
+    if law.alpha >= 0:
+        return law
+    return law._replace(c=math.exp(sum(math.log(value) for value in values) / len(values)), alpha=0.0)
 
 
 def as_json(found: Sequence[Measured], laws: dict[Key, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from optim.directions.spectral_laws import Law, fit
 from optim.layerwise.spectrum import spectral_quantile
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from trainer import spectra
 
 
@@ -56,6 +56,12 @@ def test_laws_are_fitted_over_runs_and_printed_as_options(capsys):
     assert spectra.fits(found[:1]) == {}
 
 
+def test_a_law_that_rises_is_printed_as_the_constant_that_fits_best(capsys):
+    found = [measured(size, -0.2) for size in (10**6, 10**7, 10**8)]
+    spectra.show(found, spectra.fits(found))
+    assert f"query@mid={2 * 1e7**0.2:.6g},0.0000" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     import trainer
@@ -67,6 +73,7 @@ def run(tmp_path_factory):
         "optimizer": {"direction": {"name": "muon"}, "schedule": {"name": "constant"}},
         "train": {"steps": 4},
         "evaluate": {"every": 0},
+        "checkpoint": {"every": 1},
         "log": {"sample_tokens": 0},
     }
     trainer.train(config, path)
@@ -91,6 +98,18 @@ def test_the_spectra_of_a_run_are_those_of_the_momentum_in_its_checkpoint(run, c
         assert found.values["query", "mid", q] == pytest.approx(float(expected[0]), rel=1e-4)
         assert found.values["query", "final", q] == pytest.approx(float(expected[1]), rel=1e-4)
     assert spectra.main([str(run)]) == 0 and "normalised singular values" in capsys.readouterr().out
+
+
+def test_checkpoints_up_to_a_step_are_averaged_geometrically(run):
+    """The values of several checkpoints are the geometric means of those of each."""
+    both = spectra.measure(run, last=2)
+    assert both.steps == (3, 4) and spectra.measure(run, last=1, until=3) == spectra.measure(run, last=9, until=3)
+    three, four = spectra.measure(run, until=3), spectra.measure(run)
+    assert three.steps == (3,) and four.steps == (4,) and three.values != four.values
+    for key, value in both.values.items():
+        assert value == pytest.approx(math.sqrt(three.values[key] * four.values[key]))
+    with pytest.raises(StrataError, match="no checkpoint up to step 1"):
+        spectra.measure(run, until=1)
 
 
 def test_what_is_no_run_and_what_matches_nothing_are_refused(run, tmp_path):
