@@ -85,6 +85,85 @@ def test_a_wsd_s_checkpoint_at_the_first_budget_is_that_of_wsd(tmp_path):
     assert found["WSD"][0] == found["WSD-S"][0] and found["WSD"][1] != found["WSD-S"][1]
 
 
+def measured(function, arguments, directory):
+    """The rows of a measurement, by step."""
+    measure({"measurement": f"experiments.{function}", "arguments": arguments, "seed": 0}, directory)
+    return {row["step"]: row for row in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def spectra(tmp_path_factory):
+    """Spectra of four sizes that follow the paper's exponents in the median, and the width alone in the other quantiles."""
+    from optim.directions.spectral_laws import MEDIAN_LAWS
+
+    root, found = tmp_path_factory.mktemp("spectra"), {}
+    for number, (width, size) in enumerate([(64, 3e5), (32, 8e4), (128, 1.1e6), (256, 4e6)]):
+        (root / str(number)).mkdir()
+        found[f"spectra_{number}"] = str(root / str(number))
+        with (root / str(number) / "metrics.jsonl").open("w") as file:
+            for q in (10, 50, 90):
+                s = {}
+                for (kind, depth), law in MEDIAN_LAWS.items():
+                    s.setdefault(kind, {})[depth] = law.at(size) if q == 50 else width**-0.5
+                row = {"step": q, "split": "val", "s": s, "parameters": int(size), "width": width}
+                file.write(json.dumps(row) + "\n")
+    return found
+
+
+def test_exponents_of_planted_spectra_are_found_beside_those_of_the_width(spectra, tmp_path):
+    middle = measured("muon_spectra:exponents", spectra | {"last": False}, tmp_path / "middle")
+    last = measured("muon_spectra:exponents", spectra | {"last": True}, tmp_path / "last")
+    assert middle[50]["by"]["value"]["mid"] == pytest.approx(0.25) and middle[50]["by"]["query"]["mid_late"] == pytest.approx(
+        0.27
+    )
+    assert last[50]["by"]["down"]["final"] == pytest.approx(0.96) and last[50]["alpha"] > middle[50]["alpha"] + 0.3
+    assert set(last[50]["by"]["key"]) == {"final"} and "final" not in middle[50]["by"]["key"]
+    assert middle[50]["r_squared"] == pytest.approx(1) and middle[90]["alpha"] == pytest.approx(middle[90]["flat"])
+
+
+def test_the_largest_size_is_predicted_by_what_was_planted(spectra, tmp_path):
+    found = {by: measured("muon_spectra:next_size", spectra | {"by": by}, tmp_path / by) for by in ("laws", "paper", "width")}
+    assert found["laws"][50]["error"] < 1e-9 and found["paper"][50]["error"] < 1e-9 < found["width"][50]["error"]
+    assert found["width"][90]["error"] < 1e-9 < found["paper"][90]["error"]
+    assert found["width"][50]["bias"] > 0  # the last layer falls faster than the width says
+
+
+def test_flops_of_newton_schulz_are_those_of_the_benchmark():
+    from benchmarks.newton_schulz_steps import flops as expected
+    from experiments.muon_spectra import flops
+
+    for shape in ((128, 128, 3), (128, 512, 5), (512, 128, 10), (64, 1024, 2)):
+        assert flops(*shape) == expected(*shape) > 0
+
+
+def test_exchanged_steps_are_about_the_same_work():
+    """And the laws of the laptop give what the file's docstring says of their steps."""
+    from experiments.muon_spectra import BY_LAYER, flops, predicted
+    from optim.directions.layer_aware import predicted_choices
+    from optim.options import Predicted
+    from optim.roles import Parameter
+
+    square, wide = (4, 128, 128), {"ffn.up": (4, 128, 512), "ffn.down": (4, 512, 128)}
+    shapes = {f"mixer.{name}": square for name in ("query", "key", "value", "out")} | wide
+    layers = {"positions": (0, 1, 2, 3)}
+    declared = {
+        f"blocks.block0.{site}.kernel": Parameter(f"blocks.block0.{site}.kernel", shape, float, "matrix", (), **layers)
+        for site, shape in shapes.items()
+    }
+
+    def steps(q, exchange=False):
+        given = {key: tuple(value) for key, value in predicted(q, exchange)[BY_LAYER].items() if key != "name"}
+        choices = predicted_choices(Predicted(model_size=853_632, **given), declared)
+        return [(path, 2 + index) for path, own in choices.items() for index in own]
+
+    def work(found):
+        return sum(flops(*declared[path].shape[1:], count) for path, count in found)
+
+    assert sorted(count for _, count in steps(0.5)) == [3] * 22 + [4] * 2
+    assert {count for _, count in steps(0.75)} == {3, 4, 5}
+    assert steps(0.75) != steps(0.75, exchange=True) and 0.96 < work(steps(0.75, exchange=True)) / work(steps(0.75)) < 0.98
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if name not in (*QUICK, "muon_recall")])
 def test_the_headline_of_every_other_smoke_scale_runs_as_a_sweep(name, tmp_path):
