@@ -63,7 +63,7 @@ def arms(report: Report) -> list[Table]:
     found = [Table([header[i] for i in used], [[row[i] for i in used] for row in rows])]
     for index, metric in enumerate(report.metrics):
         rows = []
-        shown = [arm for arm in report.arms if index == 0 or arm.summaries[index].n]  # measurements have numbers of their own
+        shown = [arm for arm in report.arms if arm.summaries[index].n]  # measurements have numbers of their own
         for arm in shown:
             one, bounds = arm.summaries[index], arm.bounds[index]
             between = interval(one.low, one.high, 5)
@@ -72,7 +72,7 @@ def arms(report: Report) -> list[Table]:
         header = ["arm", "n", metric.label, "95 % interval", "sd", ""]
         width = 6 if any(row[5] for row in rows) else 5
         left = len(report.arms) - len(shown)
-        caption = f"{left} arms have no such number." if rows and left else ""
+        caption = f"{left} arm{' has' if left == 1 else 's have'} no such number." if left else ""
         found.append(Table(header[:width], [row[:width] for row in rows], caption))
     found = not_empty(found)
     last = "Means and 95 % intervals (Student's t) are over the finished runs of an arm; sd is of single runs."
@@ -91,23 +91,18 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
     share = f" (a factor of {number(times, 4)})" if not math.isnan(times) else share
     paper = "unknown" if claim.paper_effect is None else number(claim.paper_effect, 4)
     trained = report.results.tokens(claim.arm)
+    between = f", 95 % interval {interval(verdict.summary.low, verdict.summary.high)}" if n > 1 else ""
     facts = [
         ("compared", f"{claim.arm} against {claim.against}: {metric.label}, improvements positive"),
         ("pairs", f"{n} of {evidence.planned} by seed"),
-        (
-            "improvement",
-            f"{number(verdict.summary.mean, 4)}{share}, 95 % interval {interval(verdict.summary.low, verdict.summary.high)}",
-        ),
-        (
-            "by seed",
-            "; ".join(f"{s}: {number(x, 4)}" for s, x in zip(evidence.seeds, evidence.improvements, strict=True)) or "–",
-        ),
+        ("improvement", f"{number(verdict.summary.mean, 4)}{share}{between}" if n else "none is known yet"),
         ("paper", paper + (f" ({claim.paper_setting})" if claim.paper_setting else "")),
-        (
-            "sd of differences",
-            f"{number(verdict.summary.sd, 3)}; standardised effect (Hedges' g) {number(verdict.standardised, 3)}",
-        ),
     ]
+    if n > 1:
+        each = zip(evidence.seeds, evidence.improvements, strict=True)
+        facts.append(("by seed", "; ".join(f"{seed}: {number(x, 4)}" for seed, x in each)))
+        standardised = f"standardised effect (Hedges' g) {number(verdict.standardised, 3)}"
+        facts.append(("sd of differences", f"{number(verdict.summary.sd, 3)}; {standardised}"))
     if verdict.p is not None:
         m = len(report.verdicts)
         facts.append(
