@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from models import options
-from models.stack import patterns
+from models.stack import Kind, order
 from strata import ConfigError
 
 INITIAL = ("stepwise", "average", "lower", "upper", "random")
@@ -72,22 +72,22 @@ def looped(
     unique, loops = target.unique_layers, target.depth.loops
     old, wanted = _by_layer(donor, params), sources(initial, donor.layers, target.unique_layers, seed)
     out = {path: np.array(value) for path, value in fresh.items()}
-    out |= {path: value for path, value in params.items() if path[0] != "segments"}
+    out |= {path: value for path, value in params.items() if path[0] != "blocks"}
     lost = _Lost()
-    for k, (segment, block, repeat, repeats) in enumerate(_places(target)):
-        prefix = ("segments", segment, "blocks", block)
-        slots = [loop * repeats + repeat for loop in range(loops)]  # of the executed layers that this one stands for
+    for k, (kind, index, count) in enumerate(_places(target)):
+        prefix = ("blocks", kind)
+        slots = [loop * count + index for loop in range(loops)]  # of the executed layers that this one stands for
         for path in old[k]:
             wholes = [old[loop * unique + k][path] for loop in range(loops)]
             adapter = next((path[:i] for i in range(1, len(path)) if prefix + path[:i] + ("adapter", "down") in out), None)
             home = prefix + (path if adapter is None else adapter + ("main",) + path[len(adapter) :])
-            if out[home].shape[0] != repeats:  # every executed layer has its own
+            if out[home].shape[0] != count:  # every executed layer has its own
                 for slot, whole in zip(slots, wholes, strict=True):
                     out[home][slot] = whole
                 continue
-            out[home][repeat] = np.mean([old[source][path] for source in wanted[k]], axis=0, dtype=np.float64)
+            out[home][index] = np.mean([old[source][path] for source in wanted[k]], axis=0, dtype=np.float64)
             for slot, whole in zip(slots, wholes, strict=True):
-                rest = whole.astype(np.float64) - out[home][repeat]
+                rest = whole.astype(np.float64) - out[home][index]
                 if adapter is not None and path[-1] == "kernel":
                     rest = rest - _adapt(out, prefix + adapter + ("adapter",), slot, rest, adapters, target)
                 if whole.ndim >= 2:
@@ -147,20 +147,15 @@ def _bare(model: options.Model) -> options.Model:
     return dataclasses.replace(model, depth=options.SequentialDepth())
 
 
-def _places(model: options.Model) -> list[tuple[str, str, int, int]]:
-    """Segment, block, repeat and number of repeats of every unique layer."""
-    return [
-        (f"segment{i}", f"block{j}", repeat, pattern.repeats)
-        for i, pattern in enumerate(patterns(model.plan()))
-        for repeat in range(pattern.repeats)
-        for j in range(pattern.period)
-    ]
+def _places(model: options.Model) -> list[tuple[Kind, int, int]]:
+    """Kind, index among its kind, and number of its kind, of every unique layer."""
+    kinds = order(model.plan())
+    return [(kind, kinds[:layer].count(kind), kinds.count(kind)) for layer, kind in enumerate(kinds)]
 
 
 def _by_layer(model: options.Model, params: Flat) -> list[Flat]:
     """Parameters of each layer by their path within the block."""
-    found = []
-    for segment, block, repeat, _ in _places(model):
-        prefix = ("segments", segment, "blocks", block)
-        found.append({path[4:]: value[repeat] for path, value in params.items() if path[:4] == prefix})
-    return found
+    return [
+        {path[2:]: value[index] for path, value in params.items() if path[:2] == ("blocks", kind)}
+        for kind, index, _ in _places(model)
+    ]

@@ -1,13 +1,15 @@
 """Stacked blocks: one pytree for all layers of a kind, with the layer as leading axis of every parameter.
 
-A stack is a short list of segments; a segment is a pattern of blocks and a number of repeats. Layers at one place of the
-pattern have equal options and are of one kind. Looped models run through the same segments several times; only parameters that
-are declared `executed` differ between loops, and have a slice for each loop and repeat.
+Layers with equal options are of one kind, wherever they stand. In order, a stack is run as a short list of segments: a pattern
+of layers and a number of repeats, scanned over the repeats. At once, it is one batched call a kind. Looped models run through
+the same layers several times; only parameters that are declared `executed` differ between loops, and have a slice for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,9 @@ from models import options
 from models.block import Block
 from models.layers.parameter import is_executed
 from models.placements.placement import Context
+
+Kind = str
+"""The name of the layers that are stacked together."""
 
 
 class Pattern(NamedTuple):
@@ -35,7 +40,12 @@ def patterns(kinds: Sequence[Any]) -> list[Pattern]:
     Args:
       kinds: one hashable value a layer; equal ones can be stacked.
     """
-    numbers = [list(dict.fromkeys(kinds)).index(kind) for kind in kinds]
+    names = list(dict.fromkeys(kinds))
+    return list(_patterns(tuple(names.index(kind) for kind in kinds)))
+
+
+@functools.lru_cache(maxsize=64)
+def _patterns(numbers: tuple[int, ...]) -> tuple[Pattern, ...]:
     count = len(numbers)
     best: list[tuple[int, int, tuple[Pattern, ...]]] = [(0, 0, ())] + [(count + 1, 0, ())] * count
     for start in range(count):
@@ -50,7 +60,7 @@ def patterns(kinds: Sequence[Any]) -> list[Pattern]:
                     best[end] = better
             if repeats > 1 and start + repeats * period == count:
                 break  # a longer period can only cost more from here
-    return list(best[count][2])
+    return best[count][2]
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array, loops: int = 1) -> nnx.Module:
@@ -78,22 +88,14 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array, loops: int 
     return module
 
 
-class Segment(nnx.Module):
-    """A pattern of blocks, repeated. Block j of the pattern stands for layers j, j + p, j + 2p, ... of the segment.
-
-    Attributes:
-      blocks: one stacked module a position in the pattern, each with `repeats` layers.
-      repeats: how often the pattern is applied in a loop.
-    """
-
-    def __init__(self, pattern: Sequence[Callable[[nnx.Rngs], Block]], keys: jax.Array):
-        """`keys` [loops, repeats, len(pattern)] are typed PRNG keys, one an executed layer."""
-        loops, self.repeats = keys.shape[:2]
-        self.blocks = nnx.Dict({f"block{j}": stacked(make, keys[:, :, j].reshape(-1), loops) for j, make in enumerate(pattern)})
+def order(plan: Sequence[Any]) -> list[Kind]:
+    """The kind of every layer of a plan: equal options, one kind, numbered as they first appear."""
+    names = {layer: f"block{i}" for i, layer in enumerate(dict.fromkeys(plan))}
+    return [names[layer] for layer in plan]
 
 
-def make_segments(model: options.Model, keys: jax.Array) -> nnx.Dict:
-    """The segments of a model.
+def make_blocks(model: options.Model, keys: jax.Array) -> nnx.Dict:
+    """The blocks of a model, one stacked module a kind, its layers in the order in which they are run.
 
     Args:
       model: options of the whole model.
@@ -101,14 +103,16 @@ def make_segments(model: options.Model, keys: jax.Array) -> nnx.Dict:
     """
     plan, loops = model.plan(), model.depth.loops
     keys = keys.reshape(loops, len(plan))
-    segments = {}
-    for i, (start, period, repeats) in enumerate(patterns(plan)):
-        own = keys[:, start : start + period * repeats].reshape(loops, repeats, period)
-        makers = [lambda rngs, layer=layer: Block(layer, rngs=rngs) for layer in plan[start : start + period]]
-        segments[f"segment{i}"] = segment = Segment(makers, own)
-        for j, block in enumerate(segment.blocks.values()):
-            _name_places(block, [start + j + period * repeat for repeat in range(repeats)], len(plan), loops)
-    return nnx.Dict(segments)
+    members: dict[Kind, list[int]] = {}
+    for layer, kind in enumerate(order(plan)):
+        members.setdefault(kind, []).append(layer)
+    blocks = {}
+    for kind, layers in members.items():
+        blocks[kind] = stacked(
+            lambda rngs, layer=layers[0]: Block(plan[layer], rngs=rngs), keys[:, np.array(layers)].reshape(-1), loops
+        )
+        _name_places(blocks[kind], layers, len(plan), loops)
+    return nnx.Dict(blocks)
 
 
 def _name_places(block: nnx.Module, layers: list[int], unique: int, loops: int) -> None:
@@ -120,18 +124,11 @@ def _name_places(block: nnx.Module, layers: list[int], unique: int, loops: int) 
             variable.set_metadata("positions", places)
 
 
-class Kind(NamedTuple):
-    """Layers that are stacked together: a position in the pattern of a segment. Others may have the same options."""
-
-    segment: str
-    block: str
-
-
 class Place(NamedTuple):
     """Where the parameters of one executed layer are."""
 
     kind: Kind
-    repeat: int
+    index: int  # among the layers of its kind in a loop
     loop: int
 
 
@@ -139,9 +136,7 @@ class Span(NamedTuple):
     """Executed layers that one scan can run: a pattern, or part of one, over consecutive repeats of one loop."""
 
     kinds: tuple[Kind, ...]
-    start: int  # first repeat
-    stop: int  # repeat after the last
-    loop: int
+    repeats: int
     layer: int  # number of its first executed layer
 
 
@@ -150,75 +145,107 @@ class Stack:
 
     Attributes:
       places: one `Place` an executed layer.
+      mixers: the mixer of each kind, for what its layers share.
     """
 
-    def __init__(self, segments: nnx.Dict, loops: int):
+    def __init__(self, blocks: Mapping[Kind, Any], kinds: Sequence[Kind], loops: int):
+        """`kinds` are those of the unique layers, as `order` gives them."""
         self.loops = loops
-        self._segments = {name: (tuple(segment.blocks), segment.repeats) for name, segment in segments.items()}
-        self._parts = {
-            Kind(name, block): nnx.split(module, is_executed, ...)
-            for name, segment in segments.items()
-            for block, module in segment.blocks.items()
-        }
-        self.mixers = {Kind(n, b): module.mixer for n, s in segments.items() for b, module in s.blocks.items()}
-        self.places = [
-            Place(Kind(name, block), repeat, loop)
-            for loop in range(loops)
-            for name, (blocks, repeats) in self._segments.items()
-            for repeat in range(repeats)
-            for block in blocks
-        ]
+        self._counts, self._length, self._patterns = Counter(kinds), len(kinds), patterns(kinds)
+        self._parts = {kind: nnx.split(module, is_executed, ...) for kind, module in blocks.items()}
+        self.mixers = {kind: module.mixer for kind, module in blocks.items()}
+        indices = [kinds[:layer].count(kind) for layer, kind in enumerate(kinds)]
+        self.places = [Place(kind, index, loop) for loop in range(loops) for kind, index in zip(kinds, indices, strict=True)]
 
     def __len__(self) -> int:
         """Number of executed layers."""
         return len(self.places)
 
-    def repeats(self, kind: Kind) -> int:
+    def count(self, kind: Kind) -> int:
         """Layers of a kind in one loop."""
-        return self._segments[kind.segment][1]
+        return self._counts[kind]
 
     def spans(self, first: int, stop: int) -> list[Span]:
         """Executed layers `first` to `stop` - 1 as as few scans as possible."""
-        found, layer = [], 0
+        found = []
         for loop in range(self.loops):
-            for name, (blocks, repeats) in self._segments.items():
-                period = len(blocks)
-                low, high = max(first, layer) - layer, min(stop, layer + period * repeats) - layer
+            for start, period, repeats in self._patterns:
+                layer = loop * self._length + start
+                low, high = max(first, layer), min(stop, layer + period * repeats)
                 while low < high:
-                    repeat, offset = divmod(low, period)
+                    offset = (low - layer) % period
                     whole = (high - low) // period if offset == 0 else 0
-                    taken = whole * period if whole else min(high, (repeat + 1) * period) - low
-                    kinds = tuple(Kind(name, block) for block in (blocks if whole else blocks[offset : offset + taken]))
-                    found.append(Span(kinds, repeat, repeat + max(1, whole), loop, layer + low))
-                    low += taken
-                layer += period * repeats
+                    taken = period if whole else min(high - low, period - offset)
+                    found.append(Span(tuple(place.kind for place in self.places[low : low + taken]), max(1, whole), low))
+                    low += taken * max(1, whole)
         return found
 
-    def state(self, kind: Kind, loop: int, repeats: slice) -> Any:
-        """Parameters of consecutive layers of one kind, stacked."""
-        _, own, shared = self._parts[kind]
-        offset = loop * self.repeats(kind)
-        return (
-            jax.tree.map(lambda x: x[offset + repeats.start : offset + repeats.stop], own),
-            jax.tree.map(lambda x: x[repeats], shared),
-        )
+    def rows(self, span: Span, repeat: int | None = None) -> dict[Kind, slice]:
+        """Where the layers of a span, or of one repeat of it, are in arrays stacked over loops and layers, such as caches."""
+        found = {}
+        for kind, layers in Counter(span.kinds).items():
+            first = self.places[span.layer + span.kinds.index(kind)]
+            start = first.loop * self.count(kind) + first.index + layers * (repeat or 0)
+            found[kind] = slice(start, start + layers * (span.repeats if repeat is None else 1))
+        return found
+
+    def states(self, span: Span, repeat: int | None = None) -> dict[Kind, Any]:
+        """Parameters of the layers of a span, or of one repeat of it, stacked by kind."""
+        found = {}
+        for kind, rows in self.rows(span, repeat).items():
+            _, own, shared = self._parts[kind]
+            inside = self.places[span.layer].loop * self.count(kind)
+            found[kind] = (
+                jax.tree.map(lambda x, rows=rows: x[rows], own),
+                jax.tree.map(lambda x, rows=rows, inside=inside: x[rows.start - inside : rows.stop - inside], shared),
+            )
+        return found
 
     def gather(self, kind: Kind, places: Sequence[Place]) -> Any:
         """Parameters of any executed layers of one kind, stacked."""
-        loops, repeats = {place.loop for place in places}, [place.repeat for place in places]
-        if len(loops) == 1 and repeats == list(range(repeats[0], repeats[0] + len(repeats))):
-            return self.state(kind, loops.pop(), slice(repeats[0], repeats[-1] + 1))
         _, own, shared = self._parts[kind]
-        executed = np.array([place.loop * self.repeats(kind) + place.repeat for place in places])
-        return jax.tree.map(lambda x: x[executed], own), jax.tree.map(lambda x: x[np.array(repeats)], shared)
+        indices, executed = np.array([place.index for place in places]), self.slots(kind, places)
+        return jax.tree.map(lambda x: taken(x, executed), own), jax.tree.map(lambda x: taken(x, indices), shared)
 
     def block(self, kind: Kind, state: Any) -> Block:
         """The block with one layer's parameters."""
         return nnx.merge(self._parts[kind][0], *state)
 
     def slots(self, kind: Kind, places: Sequence[Place]) -> np.ndarray:
-        """Indices of executed layers of one kind in an array that is stacked over loops and repeats, such as a cache."""
-        return np.array([place.loop * self.repeats(kind) + place.repeat for place in places])
+        """Indices of executed layers of one kind in an array that is stacked over loops and layers, such as a cache."""
+        return np.array([place.loop * self.count(kind) + place.index for place in places])
+
+
+def by_repeat(span: Span, stacked: Mapping[Kind, Any]) -> dict[Kind, Any]:
+    """What is stacked over the layers of a span, by kind, as [repeats, layers of the kind in a repeat, ...], to scan over."""
+    return {kind: jax.tree.map(lambda x: x.reshape(span.repeats, -1, *x.shape[1:]), tree) for kind, tree in stacked.items()}
+
+
+def by_layer(span: Span, stacked: Mapping[Kind, Any]) -> list[Any]:
+    """What the layers of one repeat have, in their order, from what is stacked by kind."""
+    rows = {}
+    for kind, count in Counter(span.kinds).items():
+        leaves, tree = jax.tree.flatten(stacked[kind])
+        # Split rather than indexed: gradients are then joined, not padded and added.
+        parts = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
+        rows[kind] = iter([jax.tree.unflatten(tree, [part[i][0] for part in parts]) for i in range(count)])
+    return [next(rows[kind]) for kind in span.kinds]
+
+
+def by_kind(span: Span, layers: Sequence[Any]) -> dict[Kind, Any]:
+    """What the layers of one repeat have, stacked by kind: the inverse of `by_layer`."""
+    own: dict[Kind, list[Any]] = {}
+    for kind, value in zip(span.kinds, layers, strict=True):
+        own.setdefault(kind, []).append(value)
+    return {kind: jax.tree.map(lambda *parts: jnp.stack(parts), *values) for kind, values in own.items()}
+
+
+def taken(x: jax.Array, rows: np.ndarray) -> jax.Array:
+    """Rows of an array by static indices; consecutive ones are a slice."""
+    first, last = int(rows[0]), int(rows[-1])
+    if np.array_equal(rows, np.arange(first, last + 1)):
+        return x if len(rows) == x.shape[0] else x[first : last + 1]
+    return x[rows]
 
 
 class Forward(NamedTuple):

@@ -15,7 +15,7 @@ from models.layers.norm import make_norm
 from models.layers.parameter import parameter
 from models.loss import softcap
 from models.placements.placement import enter_stream, leave_stream
-from models.stack import Forward, Kind, Stack, make_segments
+from models.stack import Forward, Kind, Stack, make_blocks, order
 from strata import ConfigError, Problem, implementation, registry, resolve, to_tree
 
 
@@ -32,7 +32,7 @@ class Transformer(nnx.Module):
         # A tied table is also the head: with this and the factor in `output_kernel`, every logit starts at about 1 or below.
         std = model.embedding_std or (model.width**-0.5 if model.tie_embeddings else 1.0)
         self.embedding = Embedding(vocab_size, model.width, std=std, rngs=rngs)
-        self.segments = make_segments(model, jax.random.split(rngs.params(), model.layers))
+        self.blocks = make_blocks(model, jax.random.split(rngs.params(), model.layers))
         self.final_norm = make_norm(model, "final", rngs=rngs) if model.placement.final_norm else None
         if model.tie_embeddings:
             self.head_kernel = None
@@ -72,13 +72,17 @@ class Transformer(nnx.Module):
           objective, and `exits`, a tuple of hidden states after earlier loops, each ready for the head.
         """
         e = self._embed(tokens) if not cut else jax.lax.stop_gradient(self._embed(tokens))
-        stack = Stack(self.segments, self.options.depth.loops)
+        stack = self.stack()
         shared = {kind: mixer.prepare(tokens.shape[1], segment_ids) for kind, mixer in stack.mixers.items()}
         forward = Forward(shared, e, self._read_out, self.remat, cut)
         h, extra = self._depth(depth)(stack, enter_stream(self.options, e), forward, progress)
         if "exits" in extra:
             extra = extra | {"exits": tuple(self._leave(exit) for exit in extra["exits"])}
         return sharding.constrain(self._leave(h), ("batch", None, None)), extra
+
+    def stack(self) -> Stack:
+        """The executed layers."""
+        return Stack(self.blocks, order(self.options.plan()), self.options.depth.loops)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         e = sharding.constrain(self.embedding(tokens, self.dtype), ("batch", None, None))
@@ -112,10 +116,10 @@ class Transformer(nnx.Module):
 
         `start` may be set to int32 [batch]: the first position of each sequence, for prompts padded on the left.
         """
-        stack = Stack(self.segments, self.options.depth.loops)
+        stack = self.stack()
 
         def empty(kind: Kind, mixer: Any) -> Any:
-            layers = stack.repeats(kind) * stack.loops
+            layers = stack.count(kind) * stack.loops
             one = mixer.init_cache(batch, length, self.dtype)
             return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (layers, *leaf.shape)), one)
 
@@ -128,7 +132,7 @@ class Transformer(nnx.Module):
 
         The caller keeps within the cache's length: a traced index cannot be checked here.
         """
-        stack, index = Stack(self.segments, self.options.depth.loops), cache["index"]
+        stack, index = self.stack(), cache["index"]
         shared = {
             kind: mixer.prepare_step(tokens.shape[1], cache["layers"][kind], index, cache["start"])
             for kind, mixer in stack.mixers.items()

@@ -50,7 +50,7 @@ def training_flops(model: nnx.Module, sequence_length: int) -> Flops:
         role = variable.get_metadata()["role"]
         if role in ("matrix", "factor", "head") or (role == "embedding" and option.tie_embeddings):
             size = math.prod(variable.shape)
-            if path[0] == "segments":
+            if path[0] == "blocks":
                 places = variable.get_metadata()["positions"]
                 # What loops share is used in every loop; what belongs to one executed layer, there.
                 own = variable.get_metadata().get("executed", False)

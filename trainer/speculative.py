@@ -93,7 +93,7 @@ def speculate(
             'other probabilities than one after another. Check them in order, with --depth \'{"name": "sequential"}\''
         )
     graph, state = nnx.split(model)
-    rewinds = all(getattr(block.mixer, "rewinds", False) for s in model.segments.values() for block in s.blocks.values())
+    rewinds = all(getattr(block.mixer, "rewinds", False) for block in model.blocks.values())
     static = (graph, tuple(banned), sampling, draft, depth)
     begin = jax.jit(functools.partial(_begin, *static, count + drafts + 1))
     go_on = jax.jit(functools.partial(_round, *static, drafts, rewinds), donate_argnums=1)

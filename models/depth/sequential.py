@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from models import options
-from models.stack import Forward, Span, Stack
+from models.stack import Forward, Span, Stack, by_kind, by_layer, by_repeat
 
 UNROLLED_ON_CPU = 16
 """Most layers that are written out on CPU when the config leaves it open.
@@ -74,13 +74,13 @@ def run(
 def _run(
     stack: Stack, span: Span, h: jax.Array, forward: Forward, written_out: bool, every: bool, hold: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    period, count = len(span.kinds), span.stop - span.start
+    period = len(span.kinds)
 
-    def body(h: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
-        states, number = layer
+    def body(h: jax.Array, repeat: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
+        states, number = repeat
         kept = []
-        for j, (kind, state) in enumerate(zip(span.kinds, states, strict=True)):
-            with jax.named_scope(kind.block):
+        for j, (kind, state) in enumerate(zip(span.kinds, by_layer(span, states), strict=True)):
+            with jax.named_scope(kind):
                 h = held(h, stack.block(kind, state)(h, forward.context(kind, number + j)), hold)
             kept.append(h)
         return h, (jnp.stack(kept) if every else None)
@@ -90,16 +90,13 @@ def _run(
     elif forward.remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(body, prevent_cse=written_out, policy=policy)
-    numbers = span.layer + period * jnp.arange(count, dtype=jnp.int32)
+    numbers = span.layer + period * jnp.arange(span.repeats, dtype=jnp.int32)
     if not written_out:
-        states = tuple(stack.state(kind, span.loop, slice(span.start, span.stop)) for kind in span.kinds)
-        h, kept = jax.lax.scan(body, h, (states, numbers))
+        h, kept = jax.lax.scan(body, h, (by_repeat(span, stack.states(span)), numbers))
         return h, (kept.reshape(-1, *h.shape) if every else None)
     kept = []
-    for i in range(count):
-        repeat = slice(span.start + i, span.start + i + 1)
-        states = tuple(jax.tree.map(lambda x: x[0], stack.state(kind, span.loop, repeat)) for kind in span.kinds)
-        h, states_after = body(h, (states, numbers[i]))
+    for repeat in range(span.repeats):
+        h, states_after = body(h, (stack.states(span, repeat), numbers[repeat]))
         kept.append(states_after)
     return h, (jnp.concatenate(kept) if every else None)
 
@@ -125,7 +122,7 @@ def step(
 
     Args:
       stack, h, forward, first, stop: as in `run`, for n new tokens.
-      caches: a cache of each kind, stacked over loops and repeats.
+      caches: a cache of each kind, stacked over loops and layers.
       hold: as in `run`; True holds every position and only writes what the layers cache of it.
 
     Returns:
@@ -133,23 +130,25 @@ def step(
     """
     caches = dict(caches)
     for span in stack.spans(first, len(stack) if stop is None else stop):
-        states = tuple(stack.state(kind, span.loop, slice(span.start, span.stop)) for kind in span.kinds)
-        slots = {kind: slice(*(span.loop * stack.repeats(kind) + i for i in (span.start, span.stop))) for kind in span.kinds}
-        own = tuple(jax.tree.map(lambda x, at=slots[kind]: x[at], caches[kind]) for kind in span.kinds)
-        numbers = span.layer + len(span.kinds) * jnp.arange(span.stop - span.start, dtype=jnp.int32)
+        rows = stack.rows(span)
+        own = {kind: jax.tree.map(lambda x, at=at: x[at], caches[kind]) for kind, at in rows.items()}
+        numbers = span.layer + len(span.kinds) * jnp.arange(span.repeats, dtype=jnp.int32)
 
-        def body(h, layer, span=span):
-            (states, caches, number), new = layer, []
-            for j, (kind, state, cache) in enumerate(zip(span.kinds, states, caches, strict=True)):
+        def body(h, repeat, span=span):
+            states, caches, number = repeat
+            new = []
+            layers = zip(span.kinds, by_layer(span, states), by_layer(span, caches), strict=True)
+            for j, (kind, state, cache) in enumerate(layers):
                 out, updated = stack.block(kind, state).step(h, forward.context(kind, number + j), cache)
                 h = h if hold is True else held(h, out, hold)
                 new.append(updated)
-            return h, tuple(new)
+            return h, by_kind(span, new)
 
-        h, updated = jax.lax.scan(body, h, (states, own, numbers))
-        for kind, new in zip(span.kinds, updated, strict=True):
-            whole = span.stop - span.start == stack.repeats(kind) * stack.loops
+        h, updated = jax.lax.scan(body, h, (by_repeat(span, stack.states(span)), by_repeat(span, own), numbers))
+        for kind, new in updated.items():
+            new = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new)
+            whole = rows[kind] == slice(0, stack.count(kind) * stack.loops)
             caches[kind] = (
-                new if whole else jax.tree.map(lambda old, part, at=slots[kind]: old.at[at].set(part), caches[kind], new)
+                new if whole else jax.tree.map(lambda old, part, at=rows[kind]: old.at[at].set(part), caches[kind], new)
             )
     return h, caches

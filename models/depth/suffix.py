@@ -1,7 +1,6 @@
-"""The last layers of a stack, all evaluated at once: one batched call for each place in the pattern of a segment.
+"""The last layers of a stack, all evaluated at once: one batched call for each kind of block.
 
-A plain stack has one such place, a hybrid of three mixers of one kind and one of another has four. Calls for equal blocks at
-several places are not made one: their parameters would first have to be copied together, in every forward pass.
+Layers of one kind are stored together in the order in which they are run, so that those of a suffix are one slice.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 from models.block import Block
 from models.placements.placement import Context
-from models.stack import Forward, Kind, Stack
+from models.stack import Forward, Kind, Stack, taken
 
 Caches = dict[Kind, Any]
 
@@ -44,7 +43,7 @@ class Suffix:
         """
         found = []
         for kind, members in self.members.items():
-            own = tuple(_take(x, members) for x in inputs)
+            own = tuple(taken(x, members) for x in inputs)
             found.append(self._of(kind, call, members, *own))
         return self._joined(found)
 
@@ -57,8 +56,8 @@ class Suffix:
         found, new = [], {}
         for kind, members in self.members.items():
             slots = self.stack.slots(kind, [self.places[i] for i in members])
-            own = jax.tree.map(lambda x, slots=slots: _take(x, slots), caches[kind])
-            result, new[kind] = self._of(kind, call, members, _take(inputs, members), own)
+            own = jax.tree.map(lambda x, slots=slots: taken(x, slots), caches[kind])
+            result, new[kind] = self._of(kind, call, members, taken(inputs, members), own)
             found.append(result)
         return self._joined(found), new
 
@@ -97,11 +96,3 @@ class Suffix:
         if self.forward.remat != "none":
             layer = jax.checkpoint(layer)
         return jax.vmap(layer)(self.stack.gather(kind, [self.places[i] for i in members]), numbers, *inputs)
-
-
-def _take(x: jax.Array, positions: np.ndarray) -> jax.Array:
-    """Rows of an array by static positions; consecutive ones are a slice."""
-    first, last = int(positions[0]), int(positions[-1])
-    if last - first + 1 == len(positions):
-        return x if len(positions) == x.shape[0] else x[first : last + 1]
-    return x[positions]

@@ -32,7 +32,7 @@ def as_strata(plain):
         "embedding": {"table": plain["embedding"]},
         "head_kernel": plain["head"],
         "final_norm": {"scale": plain["norm"]},
-        "segments": {"segment0": {"blocks": {"block0": block}}},
+        "blocks": {"block0": block},
     }
 
 

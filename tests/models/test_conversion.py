@@ -97,7 +97,7 @@ def test_one_loop_and_identical_layers_reproduce_the_donor_without_adapters(conf
     for initial in ("stepwise", "average", "lower", "upper"):
         np.testing.assert_allclose(run(convert(donor, initial, loops=1)[0], rows), run(donor, rows), atol=1e-5)
     equal = flat(donor)
-    equal |= {path: np.repeat(value[:1], 3, axis=0) for path, value in equal.items() if path[0] == "segments"}
+    equal |= {path: np.repeat(value[:1], 3, axis=0) for path, value in equal.items() if path[0] == "blocks"}
     donor = with_params(donor, equal)
     for initial in ("stepwise", "average"):
         model, lost = convert(donor, initial, loops=3)
@@ -109,7 +109,7 @@ def test_the_error_of_each_matrix_is_the_tail_of_its_singular_values(config, awa
     donor, rank = awake(config(layers=4)), 3
     model, _ = convert(donor, "average", loops=2, rank=rank)
     old, new = flat(donor), flat(model)
-    block = ("segments", "segment0", "blocks", "block0")
+    block = ("blocks", "block0")
     for site in ("query", "key", "value", "out"):
         path = (*block, "mixer", site)
         for layer in range(4):
@@ -126,7 +126,7 @@ def test_lower_keeps_the_first_loop_and_zero_adapters_change_nothing(config, awa
     donor, rows = awake(config(layers=4)), tokens(2, 8)
     plain, relaxed = convert(donor, "lower", loops=2)[0], convert(donor, "lower", "zero", loops=2, rank=4)[0]
     np.testing.assert_allclose(run(plain, rows), run(relaxed, rows), atol=1e-5)
-    path = ("segments", "segment0", "blocks", "block0", "ffn", "up", "kernel")
+    path = ("blocks", "block0", "ffn", "up", "kernel")
     np.testing.assert_array_equal(flat(plain)[path], flat(donor)[path][:2])
 
 

@@ -15,7 +15,6 @@ from flax import nnx
 import models
 from models.depth.regularizer import positions
 from models.placements.placement import Context
-from models.stack import Stack
 
 LENGTH = 4
 HYBRID = {"name": "hybrid", "pattern": [{"name": "attention", "window": 2}, {"name": "attention"}]}
@@ -89,7 +88,7 @@ def of_layer(graph: Any, jit: Callable) -> Callable:
 
 def functions(model: nnx.Module, tokens: jax.Array, jit: Callable) -> tuple[np.ndarray, list[Callable]]:
     """The state before the stack, and every layer as a function of the state."""
-    stack, e, found = Stack(model.segments, 1), model.embedding.table[...][tokens], []
+    stack, e, found = model.stack(), model.embedding.table[...][tokens], []
     for number, place in enumerate(stack.places):
         block = stack.block(place.kind, jax.tree.map(lambda x: x[0], stack.gather(place.kind, [place])))
         graph, state = nnx.split(block)
@@ -185,7 +184,7 @@ def matrices(model: nnx.Module) -> list[np.ndarray] | None:
     """H_ffn H_mixer of every layer; None without streams."""
     if model.options.placement.streams is None:
         return None
-    stack, found = Stack(model.segments, 1), []
+    stack, found = model.stack(), []
     for place in stack.places:
         block = stack.block(place.kind, jax.tree.map(lambda x: x[0], stack.gather(place.kind, [place])))
         mixer, ffn = (np.asarray(getattr(block.placement, f"{site}_weights").residual(None)) for site in ("mixer", "ffn"))
@@ -217,7 +216,7 @@ def test_a_held_target_has_no_gradient(config, awake, tokens, jit):
         return nnx.merge(graph, state).hidden(rows, depth=depth, progress=jnp.float32(1))[1]["losses"]["layer_parallel"]
 
     found = jit(lambda state: [jax.grad(error)(state, detach) for detach in (False, True)])(state)
-    free, held = (np.abs(g["segments"]["segment0"]["blocks"]["block0"]["ffn"]["up"]["kernel"][...][0]).max() for g in found)
+    free, held = (np.abs(g["blocks"]["block0"]["ffn"]["up"]["kernel"][...][0]).max() for g in found)
     assert free > 1e-3 and held == 0
 
 

@@ -73,7 +73,7 @@ def test_looped_hybrids_with_adapters_decode_as_they_predict_and_keep_a_state_fo
     step = jitted(model, lambda model, rows, cache: model.step(rows, cache))
     logits, _ = step(rows, cache)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    loop = jax.tree.leaves(nnx.state(model.segments["segment0"].blocks["block0"].mixer.decay))
+    loop = jax.tree.leaves(nnx.state(model.blocks["block0"].mixer.decay))
     assert all(leaf.shape[0] == 2 for leaf in loop)  # what is no matrix is each loop's own
 
 

@@ -17,7 +17,7 @@ def mixer_of(awake, implementation: str, heads: int, kv_heads: int, **fields):
     """The first layer's attention, width 16 and heads of 8."""
     mixer = {"name": "attention", "implementation": implementation, **fields}
     model = awake({"width": 16, "layers": 1, "heads": heads, "kv_heads": kv_heads, "head_size": 8, "mixer": mixer})
-    graph, state = nnx.split(model.segments["segment0"].blocks["block0"].mixer)
+    graph, state = nnx.split(model.blocks["block0"].mixer)
     return nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
 
 

@@ -49,7 +49,7 @@ def test_a_gradient_reaches_every_parameter_of_every_layer(config, awake, gradie
     found = gradients(model, tokens(2, 9))
     assert found.keys() == params(model).keys()
     for path, gradient in found.items():
-        layers = gradient if path.startswith("segments") else gradient[None]
+        layers = gradient if path.startswith("blocks") else gradient[None]
         for layer in layers:
             assert np.isfinite(layer).all(), path
             assert np.abs(layer).max() > 1e-4, path

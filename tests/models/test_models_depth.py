@@ -50,7 +50,7 @@ def test_recomputing_changes_no_gradient_and_saves_memory(config, awake, tokens,
 
 def test_layers_run_in_the_order_of_their_keys(config, awake, run, tokens):
     model, rows = awake(config(layers=3)), tokens(1, 6)
-    block = model.segments["segment0"].blocks["block0"]
+    block = model.blocks["block0"]
     h = embedded = model.embedding(rows, jnp.float32)
     graph, state = nnx.split(block)
     for i in range(3):

@@ -34,7 +34,7 @@ def test_the_default_model_declares_these_roles_and_axes():
         ".".join(map(str, path)): (variable.shape, variable.get_metadata()["role"], variable.get_metadata()["axes"])
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
-    block = "segments.segment0.blocks.block0"
+    block = "blocks.block0"
     assert table == {
         "embedding.table": ((256, 128), "embedding", ("vocab", "embed")),
         f"{block}.placement.mixer_norm.scale": ((4, 128), "vector", ("layer", "embed")),
@@ -162,7 +162,7 @@ def test_matrices_start_at_init_scale_over_the_root_of_the_width(params):
     sizes = {"width": 64, "layers": 2, "heads": 2}
     found = params(models.build(sizes | {"init_scale": 0.5}, vocab_size=64, seed=0))
     for name in ("mixer.query", "mixer.key", "mixer.value", "ffn.gate", "ffn.up"):
-        assert np.std(found[f"segments.segment0.blocks.block0.{name}.kernel"]) == pytest.approx(0.5 * 64**-0.5, rel=0.05)
+        assert np.std(found[f"blocks.block0.{name}.kernel"]) == pytest.approx(0.5 * 64**-0.5, rel=0.05)
     assert np.std(found["embedding.table"]) == pytest.approx(1.0, rel=0.05)
 
 

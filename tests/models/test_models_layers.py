@@ -44,7 +44,7 @@ def llama(p, tokens, *, layers, heads, kv_heads, size):
     h = p["embedding.table"][tokens]
     batch, length, _ = h.shape
     for i in range(layers):
-        w = {name.removeprefix("segments.segment0.blocks.block0."): value[i] for name, value in p.items() if "block0" in name}
+        w = {name.removeprefix("blocks.block0."): value[i] for name, value in p.items() if "block0" in name}
         x = rms_norm(h, w["placement.mixer_norm.scale"])
         q = (x @ w["mixer.query.kernel"]).reshape(batch, length, heads, size)
         k = (x @ w["mixer.key.kernel"]).reshape(batch, length, kv_heads, size)
@@ -111,7 +111,7 @@ def test_the_norm_of_zeros_is_zero_with_a_finite_gradient():
 def test_a_feed_forward_layer_is_its_formula(config, awake, params, name):
     model = awake(config(layers=1, ffn={"name": name, "hidden": 20}))
     p = {path.split("ffn.")[1]: np.asarray(v[0], np.float64) for path, v in params(model).items() if ".ffn." in path}
-    graph, state = nnx.split(model.segments["segment0"].blocks["block0"].ffn)
+    graph, state = nnx.split(model.blocks["block0"].ffn)
     ffn = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
     x = np.random.default_rng(0).standard_normal((2, 3, 16))
     up = x @ p["up.kernel"]
@@ -126,7 +126,7 @@ def test_a_feed_forward_layer_is_its_formula(config, awake, params, name):
 @pytest.mark.parametrize(("name", "expected"), [("swiglu", 352), ("relu2", 512), ("gelu", 512)])
 def test_hidden_units_follow_the_width(name, expected):
     model = models.abstract({"width": 128, "ffn": {"name": name}}, vocab_size=11)
-    assert model.segments["segment0"].blocks["block0"].ffn.up.kernel.shape == (4, 128, expected)
+    assert model.blocks["block0"].ffn.up.kernel.shape == (4, 128, expected)
 
 
 def test_the_softcap_bounds_logits_and_leaves_small_ones(config, awake, run, tokens):
@@ -159,7 +159,7 @@ def test_bfloat16_compute_keeps_the_stream_bfloat16_and_gradients_float32(config
 @pytest.mark.parametrize("ffn", ["swiglu", "relu2", "gelu"])
 def test_no_product_of_a_bfloat16_block_takes_float32_operands_forward_or_backward(config, awake, ffn):
     model = awake(config(layers=1, ffn={"name": ffn}), precision="bfloat16")
-    graph, state = nnx.split(model.segments["segment0"].blocks["block0"])
+    graph, state = nnx.split(model.blocks["block0"])
     state = jax.tree.map(lambda x: x[0], state)
 
     def total(state, h):

@@ -284,7 +284,7 @@ def test_a_model_of_noble_layers_starts_and_learns(config, jit, tokens):
     """From the real start, where the writing matrices of both paths but for W_up are zero."""
     fields = config(width=8, heads=1, linear={"name": "noble", "rank": 3}, ffn={"name": "gelu", "hidden": 8}, head_std=0.3)
     model, rows = models.build(fields, vocab_size=11, seed=0), tokens(2, 6)
-    assert isinstance(model.segments["segment0"].blocks["block0"].ffn.up.branch, Branch)
+    assert isinstance(model.blocks["block0"].ffn.up.branch, Branch)
     graph, state = nnx.split(model)
 
     def nats(state: Any) -> jax.Array:

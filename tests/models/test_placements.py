@@ -18,10 +18,9 @@ from models.layers.norm import DyT, make_norm
 from models.placements.blend import Blend
 from models.placements.hyper_connections import Dynamic, Static, sinkhorn
 from models.placements.placement import Context
-from models.stack import Stack
 
 LAYERS = 4
-BLOCK = "segments.segment0.blocks.block0"
+BLOCK = "blocks.block0"
 
 
 def rms(x: Any, weight: Any = 1.0) -> np.ndarray:
@@ -148,7 +147,7 @@ def applied(graph: Any, attends: bool) -> Any:
 def layers_of(model: nnx.Module) -> list[tuple[Any, Any, dict[str, np.ndarray]]]:
     """For each executed layer: mixer and feed-forward layer as functions, and the parameters of its placement in float64."""
     found = []
-    stack = Stack(model.segments, model.options.depth.loops)
+    stack = model.stack()
     for place in stack.places:
         block = stack.block(place.kind, jax.tree.map(lambda x: x[0], stack.gather(place.kind, [place])))
         sublayers = []
@@ -206,7 +205,7 @@ def test_every_placement_decodes_step_by_step_and_learns_in_every_layer(config, 
     # The streams are summed after the last layer: how it mixes them keeps that sum, and so do weights of writing that sum to 1.
     idle = {"mhc": ("ffn_weights.mixing", "ffn_weights.writing")}.get(placement["name"], ())
     for path, found in gradients(model, rows, depth=depth).items():
-        for i, own in enumerate(found if path.startswith("segments") else found[None]):
+        for i, own in enumerate(found if path.startswith("blocks") else found[None]):
             assert np.isfinite(own).all(), (path, i)
             if i == 3 and path.endswith(idle[: 1 if placement.get("form") == "dynamic" else 2]) and idle:
                 assert np.abs(own).max() < 1e-5, path
@@ -262,7 +261,7 @@ def test_norms_cost_what_the_papers_say(config):
 
 def states(model: nnx.Module, tokens: jax.Array) -> np.ndarray:
     """The stream before the stack and after every layer."""
-    stack, found = Stack(model.segments, 1), [model._embed(tokens)]
+    stack, found = model.stack(), [model._embed(tokens)]
     for layer, place in enumerate(stack.places):
         block = stack.block(place.kind, jax.tree.map(lambda x: x[0], stack.gather(place.kind, [place])))
         graph, state = nnx.split(block)

@@ -16,7 +16,6 @@ from flax import nnx
 import models
 from models import options
 from models.placements.placement import Context
-from models.stack import Stack
 
 LOOPS, UNIQUE = 3, 2
 
@@ -50,7 +49,7 @@ def untied(config: dict, model: nnx.Module, scale: float) -> nnx.Module:
     for path, value in given.items():
         if "adapter" in path:
             continue
-        value = np.concatenate([value] * loops) if "segments" in path else value
+        value = np.concatenate([value] * loops) if "blocks" in path else value
         if ".main." in path:
             adapter = path.replace("main.kernel", "adapter")
             value = value + scale * given[f"{adapter}.down"] @ given[f"{adapter}.up"]
@@ -72,7 +71,7 @@ def test_a_looped_model_is_an_untied_one_whose_gradients_add_up(config, awake, r
             whole = np.asarray(apart[path.rsplit(".adapter", 1)[0] + ".kernel"])  # d loss / d (W + scale * down @ up)
             down, up = (values[path.rsplit(".", 1)[0] + f".{side}"] for side in ("down", "up"))
             wanted = scale * (whole @ np.swapaxes(up, 1, 2) if path.endswith("down") else np.swapaxes(down, 1, 2) @ whole)
-        elif "segments" in path:
+        elif "blocks" in path:
             wanted = np.sum(np.reshape(apart[site], (LOOPS, UNIQUE, *gradient.shape[1:])), axis=0)
         else:
             wanted = apart[site]
@@ -124,14 +123,14 @@ def test_parameters_are_as_many_as_the_papers_table_says(sizes, loops, expected)
     for rank, billions in expected.items():
         depth = {"name": "recursive", "loops": loops, "rank": rank}
         model = models.abstract(sizes | {"depth": depth}, vocab_size=256)
-        blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)["segments"]))
+        blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)["blocks"]))
         # The table cuts or rounds its last digit.
         assert blocks / 1e9 == pytest.approx(billions, abs=0.0085), rank
         generic = 0
         for rows, columns in options.Model(**plain(sizes)).projections().values():
             generic += sizes["layers"] * min(rank, rows, columns) * (rows + columns)
         without = models.abstract(sizes | {"depth": depth | {"rank": 0}}, vocab_size=256)
-        assert blocks - sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(without)["segments"])) == generic
+        assert blocks - sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(without)["blocks"])) == generic
 
 
 def plain(sizes: dict) -> dict:
@@ -153,7 +152,7 @@ def of_layer(graph: Any, jit: Callable) -> Callable:
 
 def after_loops(model: nnx.Module, tokens: jax.Array, jit: Callable, threshold: float | None = None) -> Any:
     """States after every loop, one layer at a time; with a threshold a sure token keeps its state; and the loop it left."""
-    stack, e = Stack(model.segments, LOOPS), model.embedding(tokens, jnp.float32)
+    stack, e = model.stack(), model.embedding(tokens, jnp.float32)
     h, hold, ends, left = e, np.zeros(tokens.shape, bool), [], np.full(tokens.shape, LOOPS)
     for number, place in enumerate(stack.places):
         block = stack.block(place.kind, jax.tree.map(lambda x: x[0], stack.gather(place.kind, [place])))

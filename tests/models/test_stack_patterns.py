@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +66,8 @@ HYBRID = {"name": "hybrid", "pattern": [WINDOW, WINDOW, FULL]}
 
 
 def segments(config: dict) -> list[tuple[int, int]]:
-    found = models.abstract(config, vocab_size=11).segments
-    return [(len(segment.blocks), segment.repeats) for segment in found.values()]
+    found = models.abstract(config, vocab_size=11).stack()
+    return [(len(span.kinds), span.repeats) for span in found.spans(0, len(found) // found.loops)]
 
 
 def test_mix_ln_is_two_segments_and_a_hybrid_is_one(config):
@@ -82,29 +81,48 @@ def test_mix_ln_is_two_segments_and_a_hybrid_is_one(config):
     assert segments(looped) == [(3, 2)]
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=3),
-    st.integers(1, 3),
-    st.data(),
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"layers": 8, "placement": {"name": "mix"}}, [[0, 1], [2, 3, 4, 5, 6, 7]]),
+        ({"layers": 9, "mixer": HYBRID}, [[0, 1, 3, 4, 6, 7], [2, 5, 8]]),
+        ({"layers": 6, "mixer": {"name": "hybrid", "pattern": [FULL, FULL, WINDOW, FULL, FULL, FULL]}}, [[0, 1, 3, 4, 5], [2]]),
+        ({"layers": 12, "mixer": HYBRID, "depth": {"name": "recursive", "loops": 2}}, [[0, 1, 3, 4], [2, 5]]),
+    ],
 )
-def test_spans_cover_any_range_of_layers_exactly_once_and_in_order(shape, loops, data):
-    made = {
-        f"segment{i}": SimpleNamespace(blocks=nnx.Dict({f"block{j}": _Empty() for j in range(period)}), repeats=repeats)
-        for i, (period, repeats) in enumerate(shape)
-    }
-    stack = Stack(made, loops)
-    assert len(stack) == loops * sum(period * repeats for period, repeats in shape)
+def test_layers_with_equal_options_are_stacked_together_wherever_they_stand(config, fields, layers):
+    model = models.abstract(config(**fields), vocab_size=11)
+    found = [block.mixer.query.kernel for block in model.blocks.values()]
+    assert [list(kernel.get_metadata()["positions"]) for kernel in found] == layers
+    assert [kernel.shape[0] for kernel in found] == [len(own) for own in layers]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["block0", "block1", "block2"]), min_size=1, max_size=9), st.integers(1, 3), st.data())
+def test_spans_cover_any_range_of_layers_exactly_once_and_in_order(kinds, loops, data):
+    stack = Stack({kind: _Empty() for kind in set(kinds)}, kinds, loops)
+    assert [place.kind for place in stack.places] == kinds * loops
+    for kind in set(kinds):
+        assert stack.slots(kind, [p for p in stack.places if p.kind == kind]).tolist() == list(range(loops * kinds.count(kind)))
     first = data.draw(st.integers(0, len(stack)))
     stop = data.draw(st.integers(first, len(stack)))
     covered = []
     for span in stack.spans(first, stop):
         assert span.layer == first + len(covered)
-        covered += [(kind, repeat, span.loop) for repeat in range(span.start, span.stop) for kind in span.kinds]
-    assert covered == [tuple(place) for place in stack.places[first:stop]]
+        assert len({place.loop for place in stack.places[span.layer : span.layer + span.repeats * len(span.kinds)]}) == 1
+        # What a scan takes of each kind, a repeat at a time and in the order of the pattern, is what stands at those layers.
+        for repeat in range(span.repeats):
+            rows = {kind: list(range(at.start, at.stop)) for kind, at in stack.rows(span, repeat).items()}
+            covered += [(kind, rows[kind].pop(0)) for kind in span.kinds]
+            assert not any(rows.values())
+        whole = {kind: (at.start, at.stop) for kind, at in stack.rows(span).items()}
+        parts = [stack.rows(span, repeat) for repeat in range(span.repeats)]
+        assert whole == {kind: (parts[0][kind].start, parts[-1][kind].stop) for kind in whole}
+    assert covered == [(p.kind, int(stack.slots(p.kind, [p])[0])) for p in stack.places[first:stop]]
     # As few scans as can be: one a segment and loop, and one more for each end inside a pattern.
-    assert len(stack.spans(0, len(stack))) == loops * len(shape)
-    assert len(stack.spans(first, stop)) <= loops * len(shape) + 2
+    segments = loops * len(patterns(kinds))
+    assert len(stack.spans(0, len(stack))) == segments
+    assert len(stack.spans(first, stop)) <= segments + 2
 
 
 class _Empty(nnx.Module):
@@ -131,7 +149,7 @@ def test_layers_run_in_order_whatever_the_segments(config, awake, run, tokens, f
 
     def by_hand(state):
         model = nnx.merge(graph, state)
-        stack = Stack(model.segments, option.depth.loops)
+        stack = model.stack()
         h = e = model.embedding(rows, jnp.float32)
         for layer, place in enumerate(stack.places):
             block = stack.block(place.kind, jax.tree.map(lambda x: x[0], stack.gather(place.kind, [place])))

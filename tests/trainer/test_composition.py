@@ -253,7 +253,7 @@ def check_state(setup, row, optimizer):
     assert bool(values) == (row["layerwise"] != "none")
     declared, unique = parameters(setup.model), 4 // setup.config.model.depth.loops
     for path, value in values.items():
-        if path.startswith("segments."):
+        if path.startswith("blocks."):
             assert value.shape == (4 if declared[path].role == "factor" else unique,), path
         assert np.all(np.isfinite(value)) and np.all(np.asarray(value) > 0)
 

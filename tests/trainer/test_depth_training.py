@@ -212,7 +212,7 @@ def test_layers_below_the_cut_are_frozen_and_the_cut_is_reported(tiny, tmp_path)
     before, after = (trainer.load(tmp_path, step=step).params for step in (first, first + 1))
     same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), before, after)
     assert same["embedding"]["table"] and not same["head_kernel"]
-    kernel = ("segments", "segment0", "blocks", "block0", "mixer", "query", "kernel")
+    kernel = ("blocks", "block0", "mixer", "query", "kernel")
     for name in kernel:
         before, after = before[name], after[name]
     assert np.array_equal(before[0], after[0]) and not np.array_equal(before[1], after[1])

@@ -103,7 +103,7 @@ def loss_of(trace):
 def changed(params, change):
     """A copy of parameters with `change(path, array)` of each leaf in the stack."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, x: change(".".join(k.key for k in keys), x) if keys[0].key == "segments" else x, params
+        lambda keys, x: change(".".join(k.key for k in keys), x) if keys[0].key == "blocks" else x, params
     )
 
 
@@ -270,7 +270,7 @@ def test_gradients_of_shared_weights_are_sums_over_the_loops(traced):
     params = drawn(looped)
     unrolled = changed(params, lambda path, x: jnp.concatenate([x, x]))
     one, two = (traced(model, params, names=None) for model, params in ((looped, params), (flat, unrolled)))
-    each = by_path(two.gradients[0]["segments"])
+    each = by_path(two.gradients[0]["blocks"])
     squares = sum(np.sum(np.square(np.asarray(g[:2] + g[2:])), axis=tuple(range(1, g.ndim))) for g in each.values())
     np.testing.assert_allclose(measure("gradient_norm", one)["parameters"], np.sqrt(squares), rtol=1e-3)
     np.testing.assert_allclose(measure("gradient_norm", one)["states"], measure("gradient_norm", two)["states"], rtol=1e-3)
@@ -280,7 +280,7 @@ def test_adapters_of_executed_layers_count_in_the_layer_that_shares_the_rest(tra
     model = model_of(depth={"name": "recursive", "loops": 2, "rank": 2})
     trace = traced(model, names=None)
     assert trace.executed
-    tree = by_path(trace.gradients[0]["segments"])
+    tree = by_path(trace.gradients[0]["blocks"])
     total = sum(float(jnp.sum(jnp.square(g))) for g in tree.values())
     found = measure("gradient_norm", trace)["parameters"]
     assert found.shape == (2,) and np.sum(np.square(found)) == pytest.approx(total, rel=1e-4)
@@ -367,8 +367,8 @@ def test_uniform_attention_has_the_entropy_of_as_many_choices_as_it_sees(traced)
 @pytest.mark.parametrize("mixer", [{"kv_heads": 1}, {"mixer": {"name": "attention", "window": 3, "qk_norm": False}}])
 def test_the_attention_weights_are_those_that_the_mixer_uses(traced, mixer):
     model = nnx.merge(nnx.graphdef(built := model_of(layers=1, **mixer)), nnx.State(drawn(built)))
-    state = nnx.state(model.segments["segment0"].blocks["block0"].mixer)
-    graph = nnx.graphdef(model.segments["segment0"].blocks["block0"].mixer)
+    state = nnx.state(model.blocks["block0"].mixer)
+    graph = nnx.graphdef(model.blocks["block0"].mixer)
     layer = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 8, WIDTH)), jnp.float32)
     shared = layer.prepare(8, BATCH["segment_ids"])
@@ -493,7 +493,7 @@ def test_a_diagnostic_is_one_function_and_one_line(tiny, tmp_path, monkeypatch):
         "from trainer.diagnostics.options import diagnostic\n"
         'diagnostic("norm_gain", "gains_plugin:norm_gain")\n\n\n'
         "def norm_gain(trace):\n"
-        '    gains = {path: w for path, w in trace.weights.items() if "norm" in path and path.startswith("segments.")}\n'
+        '    gains = {path: w for path, w in trace.weights.items() if "norm" in path and path.startswith("blocks.")}\n'
         "    return trace.per_layer({path: jnp.mean(w, axis=-1) for path, w in gains.items()})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -72,7 +72,7 @@ def test_multipliers_and_steps_of_every_layer_are_those_of_the_optimizers_state(
     rows = {row["step"]: row for row in inspect.recorded(run)}
     opened = trainer.load(run)
     states = dict(inspect.states(opened, every=True))
-    path = "segments.segment0.blocks.block0.mixer.query.kernel"
+    path = "blocks.block0.mixer.query.kernel"
     for step in (4, 6):
         rate = optim.multipliers(states[step]["optimizer"])["rate"]
         found = rows[step]["multipliers"]["rate"]

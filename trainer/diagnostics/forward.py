@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from models.block import Block
 from models.placements.placement import Context, enter_stream, leave_stream
-from models.stack import Forward, Kind, Stack
+from models.stack import Forward, Kind, Stack, by_layer, by_repeat
 from models.transformer import Transformer
 
 
@@ -42,7 +42,7 @@ def begin(model: Transformer, batch: dict[str, jax.Array]) -> tuple[Stack, jax.A
     embedded = model.embedding(tokens, model.dtype)
     if model.embedding_norm is not None:
         embedded = model.embedding_norm(embedded)
-    stack = Stack(model.segments, model.options.depth.loops)
+    stack = model.stack()
     shared = {kind: mixer.prepare(tokens.shape[1], segment_ids) for kind, mixer in stack.mixers.items()}
     forward = Forward(shared, embedded, lambda h: read_out(model, leave_stream(model.options, h)))
     return stack, enter_stream(model.options, embedded), forward
@@ -55,13 +55,13 @@ def read_out(model: Transformer, state: jax.Array) -> jax.Array:
 
 def kinds_of(path: str) -> tuple[Kind, str]:
     """The kind of block that a parameter's dotted path belongs to, and its path within the block."""
-    _, segment, _, block, site = path.split(".", 4)
-    return Kind(segment, block), site
+    _, kind, site = path.split(".", 2)
+    return kind, site
 
 
 def in_block(path: str) -> bool:
     """Whether a parameter's dotted path is inside the stack."""
-    return path.startswith("segments.")
+    return path.startswith("blocks.")
 
 
 def tapped(
@@ -151,8 +151,7 @@ def scan_layers(
     """
     found = []
     for span in stack.spans(0, len(stack)):
-        count, period = span.stop - span.start, len(span.kinds)
-        states = tuple(stack.state(kind, span.loop, slice(span.start, span.stop)) for kind in span.kinds)
+        count, period = span.repeats, len(span.kinds)
         numbers = span.layer + period * jnp.arange(count, dtype=jnp.int32)
         mine = None
         if inputs is not None:
@@ -161,13 +160,13 @@ def scan_layers(
         def body(h: jax.Array, each: Any, span: Any = span) -> tuple[jax.Array, Any]:
             states, number, mine = each
             results = []
-            for j, (kind, state) in enumerate(zip(span.kinds, states, strict=True)):
+            for j, (kind, state) in enumerate(zip(span.kinds, by_layer(span, states), strict=True)):
                 h, result = layer(
                     stack.block(kind, state), h, forward.context(kind, number + j), None if mine is None else mine[j]
                 )
                 results.append(result)
             return h, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
-        h, results = jax.lax.scan(body, h, (states, numbers, mine))
+        h, results = jax.lax.scan(body, h, (by_repeat(span, stack.states(span)), numbers, mine))
         found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results))
     return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
