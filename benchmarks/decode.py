@@ -6,7 +6,8 @@
 One layer's mixing alone, without projections: B rows, H heads, K = V. A contestant decodes `--tokens` tokens in one compiled
 scan, its state or cache donated and so updated in place. Attention writes each token into its cache, which is full up to the
 context, and looks at all of it; an op reads and writes a state whose size no context changes. Contestants alternate in short
-segments, and the ratio of speeds is taken within each round.
+segments, and the ratio of speeds is taken within each round: of tokens a second, and of tokens a second of our own CPU time,
+which other load on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def linear(op: str, batch: int, heads: int, size: int, dtype: str, count: int) -
 
 
 def attention(context: int, batch: int, heads: int, size: int, dtype: str, count: int) -> Decoder:
-    """`count` tokens of softmax attention, the last of `context` tokens: keys and values [B,H,L,K], products accumulated in
+    """`count` tokens of softmax attention, the last of `context` tokens: keys and values [B,H,L,K], arithmetic in
     float32.
     """
     cache = [jnp.swapaxes(x, 1, 2) for x in inputs("linear_attention", batch, context, heads, size, dtype, seed=1)[1:]]
@@ -68,37 +69,49 @@ def attention(context: int, batch: int, heads: int, size: int, dtype: str, count
         keys, values = (
             lax.dynamic_update_slice_in_dim(old, new[:, :, None], at, 2) for old, new in zip(cache, (k, v), strict=True)
         )
-        scores = jnp.einsum("bhk,bhlk->bhl", q, keys, preferred_element_type=jnp.float32) * size**-0.5
-        scores = jnp.where(jnp.arange(context) <= at, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        return [keys, values], jnp.einsum("bhl,bhlv->bhv", weights, values, preferred_element_type=jnp.float32).astype(dtype)
+        # Sums of products and no matrix products: with one query those read the cache no faster, and on a CPU XLA copies it
+        # for them, which takes several times as long.
+        scores = jnp.sum(keys.astype(jnp.float32) * q[:, :, None], axis=-1) * size**-0.5
+        weights = jax.nn.softmax(jnp.where(jnp.arange(context) <= at, scores, -jnp.inf), axis=-1)
+        return [keys, values], jnp.sum(values.astype(jnp.float32) * weights[..., None], axis=2).astype(dtype)
 
     tokens = (jnp.moveaxis(x, 1, 0) for x in inputs("linear_attention", batch, count, heads, size, dtype))
     return Decoder(step, cache, (*tokens, jnp.arange(context - count, context)))
 
 
-def segment(decoder: Decoder, seconds: float) -> tuple[float, float | None]:
-    """Tokens a second of every row over about `seconds`, and the cores that others used meanwhile."""
+def segment(decoder: Decoder, seconds: float) -> dict[str, float | None]:
+    """Over about `seconds`: tokens of a row a second, the same a second of CPU time, and the cores that others used."""
     neighbours, begin, cpu, count = Neighbours(), time.perf_counter(), time.process_time(), 0
     while count == 0 or time.perf_counter() - begin < seconds:
         decoder()
         count += 1
-    wall = time.perf_counter() - begin
-    return count * decoder.count / wall, neighbours.cores(wall, time.process_time() - cpu)
+    wall, own = time.perf_counter() - begin, time.process_time() - cpu
+    tokens = count * decoder.count
+    return {"speed": tokens / wall, "cpu_speed": tokens / max(own, 1e-6), "others": neighbours.cores(wall, own)}
 
 
-def race(decoders: dict[str, Decoder], rounds: int, seconds: float, patience: float) -> dict[str, dict[str, list[Any]]]:
-    """Tokens a second and the cores of others, round by round; in each round every contestant has a segment."""
+def race(decoders: dict[str, Decoder], rounds: int, seconds: float, patience: float) -> dict[str, list[dict[str, Any]]]:
+    """What `segment` gives, round by round; in each round every contestant has one."""
     for decoder in decoders.values():
         decoder()
     names, quiet = list(decoders), Patience(patience)
-    found: dict[str, dict[str, list[Any]]] = {name: {"speed": [], "others": []} for name in names}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(rounds):
         quiet.wait()
         for name in names if number % 2 else names[::-1]:
-            speed, others = segment(decoders[name], seconds)
-            found[name]["speed"].append(speed)
-            found[name]["others"].append(others)
+            found[name].append(segment(decoders[name], seconds))
+    return found
+
+
+def summary(own: list[dict[str, Any]], softmax: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Speeds of one contestant, and over those of attention at every context within a round."""
+    found: dict[str, Any] = {"others_cores": spread([x["others"] for x in own if x["others"] is not None] or [0.0])}
+    for name, title in (("speed", "tokens_per_second"), ("cpu_speed", "tokens_per_cpu_second")):
+        found[title] = spread([x[name] for x in own])
+        found[f"{title}_over_attention"] = {
+            str(context): spread([a[name] / b[name] for a, b in zip(own, other, strict=True)])
+            for context, other in softmax.items()
+        }
     return found
 
 
@@ -120,26 +133,20 @@ def main(argv: list[str] | None = None) -> None:
     decoders = {name: attention(context, *shape) for context, name in softmax.items()}
     decoders |= {op: linear(op, *shape) for op in options.ops}
     raced = race(decoders, options.rounds, options.seconds, options.patience)
-    results: dict[str, Any] = {}
-    for name, decoder in decoders.items():
-        over = {
-            str(context): spread([a / b for a, b in zip(raced[name]["speed"], raced[other]["speed"], strict=True)])
-            for context, other in softmax.items()
-        }
-        others = [x for x in raced[name]["others"] if x is not None]
-        results[name] = {
-            "tokens_per_second": spread(raced[name]["speed"]),
-            "bytes": decoder.bytes,
-            "speed_over_attention": over,
-            "others_cores": spread(others or [0.0]),
-        }
+    against = {context: raced[name] for context, name in softmax.items()}
+    results = {name: {"bytes": x.bytes} | summary(raced[name], against) for name, x in decoders.items()}
     rows = [
-        [name, f"{x['tokens_per_second']['median']:.0f}", f"{x['bytes'] / 2**20:.2f}"]
-        + [shown_ratio(ratio, 2) for ratio in x["speed_over_attention"].values()]
+        [
+            name,
+            f"{x['tokens_per_second']['median']:.0f}",
+            f"{x['tokens_per_cpu_second']['median']:.0f}",
+            f"{x['bytes'] / 2**20:.2f}",
+        ]
+        + [shown_ratio(ratio, 2) for ratio in x["tokens_per_cpu_second_over_attention"].values()]
         for name, x in results.items()
     ]
-    columns = ["", "tokens/s a row", "MiB kept", *(f"speed / {name}" for name in softmax.values())]
-    title = f"decoding, B = {options.batch}, H = {options.heads}, K = V = {options.size}, {options.dtype}"
+    columns = ["", "tokens/s", "tokens/CPU s", "MiB kept", *(f"CPU speed / {name}" for name in softmax.values())]
+    title = f"decoding, B = {options.batch}, H = {options.heads}, K = V = {options.size}, {options.dtype}, tokens of a row"
     show(title, columns, rows, ["median of ratios within a round [95 %]"])
     shown = {name: value for name, value in vars(options).items() if name not in ("out", "ops")}
     write_result("decode", {"options": shown, "contestants": results}, options.out)

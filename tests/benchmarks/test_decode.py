@@ -33,7 +33,8 @@ def test_the_benchmark_compares_every_op_with_every_context(tmp_path):
     (path,) = tmp_path.glob("decode-*.json")
     found = json.loads(path.read_text())["contestants"]
     assert set(found) == {"attention, 16", "attention, 32", "kda", "lightnet"}
-    assert set(found["kda"]["speed_over_attention"]) == {"16", "32"}
+    assert set(found["kda"]["tokens_per_second_over_attention"]) == {"16", "32"}
+    assert found["attention, 16"]["tokens_per_cpu_second_over_attention"]["16"]["median"] == 1
     assert found["attention, 32"]["bytes"] == 2 * found["attention, 16"]["bytes"] == 2 * 32 * 2 * 4 * 4
     assert all(x["tokens_per_second"]["median"] > 0 for x in found.values())
 
