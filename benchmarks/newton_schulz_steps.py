@@ -4,9 +4,9 @@
     python -m benchmarks.newton_schulz_steps --pairs 0 --steps 0        # the table alone
 
 The table takes GPT-style models of width 512 (M / 77 M)^0.44, as the sizes of arXiv:2606.04058 follow, and the laws and
-thresholds of `optim.directions`; FLOPs are of the cheaper form of the iteration. It says what the laws imply, not what
-training needs. The timing is of one update of a small model's matrices with the steps that the table gives for a size, against
-five for all.
+thresholds of `optim.directions`; FLOPs are of the form of the iteration that runs, on an accelerator in bfloat16. It says what
+the laws imply, not what training needs. The timing is of one update of a small model's matrices with the steps that the table
+gives for a size, against five for all.
 
 Then `configs/tiny.py` (other sizes with `--set`) trains three times side by side (`benchmarks.fixed_loss`): five steps for all,
 as the laws predict for its size, and as measured. Told are the steps in use at the end, and FLOPs of Newton-Schulz and time to
@@ -52,18 +52,10 @@ def declared(width: int, layers: int) -> dict[str, Any]:
     }
 
 
-def flops(rows: int, columns: int, steps: int) -> float:
-    """Of one matrix, by the form that takes fewer (`gram_is_cheaper`)."""
-    from optim.directions.newton_schulz import gram_is_cheaper
-
-    short, ratio = min(rows, columns), max(rows, columns) / min(rows, columns)
-    gram = gram_is_cheaper(rows, columns, steps)
-    return 2 * short**3 * (4 * steps - 3 + 2 * ratio if gram else steps * (2 * ratio + 1))
-
-
 def predicted(size: float) -> dict[str, Any]:
     """Steps of every matrix of a model of this size, and what they cost."""
     from optim.directions.layer_aware import predicted_choices
+    from optim.directions.newton_schulz import flops
     from optim.directions.thresholds import configuration
     from optim.options import Predicted
 
@@ -75,7 +67,7 @@ def predicted(size: float) -> dict[str, Any]:
     steps = {path: [lengths[i] for i in own] for path, own in choices.items()}
 
     def total(of: Any) -> float:
-        return sum(flops(*parameters[path].shape[1:], of(k)) for path, own in steps.items() for k in own)
+        return sum(flops(*parameters[path].shape[1:], of(k), "bfloat16") for path, own in steps.items() for k in own)
 
     most = max(k for own in steps.values() for k in own)
     return {
@@ -153,6 +145,7 @@ def in_use(runner: Contestant) -> dict[str, list[list[int]]]:
 
 def work(runner: Contestant) -> tuple[float, dict[int, int]]:
     """FLOPs of Newton-Schulz in the last update of a contestant, and how many matrices took how many steps."""
+    from optim.directions.newton_schulz import flops
     from optim.roles import parameters
 
     declared, total, counts = parameters(runner.setup.model), 0.0, Counter()

@@ -194,6 +194,17 @@ def gram_is_cheaper(m: int, n: int, steps: int) -> bool:
     return steps > 1 and 2 * max(m, n) > 3 * min(m, n)
 
 
+def flops(m: int, n: int, steps: int, dtype: Any = jnp.float32) -> float:
+    """Floating-point operations of the products of `steps` on one m x n matrix, by the form that `newton_schulz` takes.
+
+    Two for a multiplication with its addition; restarts of the Gram form are counted, symmetry of its products is not used.
+    """
+    short, ratio = min(m, n), max(m, n) / min(m, n)
+    if gram_is_cheaper(m, n, steps):
+        return 2 * short**3 * sum(4 * span - 3 + 2 * ratio for span in _spans(steps, dtype))
+    return 2 * short**3 * steps * (2 * ratio + 1)
+
+
 def _spans(steps: int, dtype: Any) -> list[int]:
     """Steps between restarts of the Gram form: at most three in float32, two in less.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optim
-from optim.directions.newton_schulz import SCHEMES, gram_is_cheaper, newton_schulz_leaves, polynomials, scalar_map
+from optim.directions.newton_schulz import SCHEMES, flops, gram_is_cheaper, newton_schulz_leaves, polynomials, scalar_map
 
 shapes = [(16, 16), (12, 20), (20, 12), (8, 40), (40, 8), (1, 7), (3, 12, 30), (2, 2, 10, 6)]
 
@@ -174,3 +174,17 @@ def test_impossible_coefficients_are_refused(coefficients, steps, sentence):
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match="matrices"):
         optim.newton_schulz(jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("m", "n", "steps"), [(16, 16, 3), (16, 40, 1), (16, 64, 5), (64, 16, 10), (24, 32, 2)])
+def test_flops_are_those_of_the_products_that_are_traced(m, n, steps, dtype):
+    def call(x):
+        return optim.newton_schulz(x, [(3.0, -3.0, 1.0)], steps, dtype=jnp.dtype(dtype))
+
+    total = 0
+    for equation in jax.make_jaxpr(call)(jnp.ones((m, n))).jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (inner,), _ = equation.params["dimension_numbers"][0]
+            total += 2 * equation.invars[0].aval.shape[inner] * equation.outvars[0].aval.size
+    assert total == flops(m, n, steps, dtype) > 0
