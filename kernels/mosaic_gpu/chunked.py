@@ -97,7 +97,7 @@ def backward(form: Form, residuals, cotangents):
         jnp.sum(found[name].reshape(*q.shape[:3], form.group, -1), axis=3, dtype=jnp.float32).astype(q.dtype)
         for name in ("dq", "dk")
     )
-    dv, dg, dbeta = arrays["dwritten"], None, None
+    dv, dg, dbeta = form.whole(arrays["dwritten"]), None, None
     if "sums" in found:
         sums = dict(zip(gradients.sums(form), jnp.moveaxis(jnp.sum(found["sums"], axis=3), 3, 0), strict=True))
     if form.decay == "scalar":
@@ -107,9 +107,8 @@ def backward(form: Form, residuals, cotangents):
     elif form.decay == "vector":
         dg = jnp.where(g > FLOOR["float32"], found["dg"], 0)
     if form.delta:
-        dwritten = dv.astype(jnp.float32)
-        dbeta = by_token(sums["beta"]) + jnp.sum(dwritten * v, axis=-1)
-        dv = dwritten * beta[..., None]
+        dbeta = by_token(sums["beta"]) + jnp.sum(dv * v, axis=-1)
+        dv = dv * beta[..., None]
     return dq, dk, dv.astype(v.dtype), dg, dbeta, None, arrays["dinitial"]
 
 

@@ -131,7 +131,7 @@ def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, di
 
 
 def report(dump: Path) -> dict[str, dict[str, int]]:
-    """What the assembler said of the kernels it wrote about in a folder; the most of a kernel that is there in several shapes."""
+    """What the assembler said of the kernels it wrote about in a folder; the most of one that is there in several shapes."""
     found: dict[str, dict[str, int]] = {}
     for path in sorted(dump.glob("*.ptxas")):
         text = path.read_text()

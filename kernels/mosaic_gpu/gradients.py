@@ -53,19 +53,21 @@ def sums(form: Form) -> tuple[str, ...]:
 
 
 class _Across:
-    """Sums over the columns of V. All at once would not fit the registers, so inputs come again for another sum."""
+    """Sums over the columns of V. All at once would not fit the registers, so inputs come again for another sum; operands of
+    several pieces come one after the other, or they would not fit shared memory.
+    """
 
     def __init__(self, form: Form, refs: SimpleNamespace, pool: Pool):
         self.form, self.refs, self.pool, self.streams = form, refs, pool, 1
 
     def tiles(self, *names: str) -> Iterator[list[list[Operand]]]:
-        """For each name its tiles across V: all together, or in float32 one after the other."""
+        """For each name its tiles across V: all together, or of several pieces one after the other."""
         form, refs, start = self.form, self.refs, self.pool.next
         count = refs.do.shape[-1] // TILE
-        together = 1 if form.exact else count
+        together = 1 if form.made > 1 else count
         barrier = None if form.exact else refs.barriers[self.streams].at[0]
         self.streams += 1
-        operands = [self.pool.many(together) for _ in names]
+        operands = [self.pool.many(together, pieces(form, name)) for name in names]
         plgpu.commit_smem()
         for first in range(0, count, together):
             for name, across in zip(names, operands, strict=True):
@@ -75,7 +77,7 @@ class _Across:
                     else (refs.b, tokens(refs.n), refs.h)
                 )
                 for number, operand in enumerate(across):
-                    copy(form, getattr(refs, name).at[(*at, columns(first + number))], operand, barrier)
+                    copy(form, getattr(refs, name), at, first + number, operand, barrier)
             if form.exact:
                 plgpu.commit_smem()
             else:
@@ -94,10 +96,16 @@ def total(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(lambda x, y: now(x + y)[0], parts)
 
 
+def pieces(form: Form, name: str) -> int:
+    """Of a tile of an input: of `do`, and without the delta rule `written`, those of the call's inputs."""
+    return form.pieces if name == "do" else form.made
+
+
 def streams(form: Form, size: Size) -> tuple[int, ...]:
     """For every call of `_Across.tiles`, in order, how many copies its barrier waits for. float32 comes through registers."""
-    names = (2 + form.delta, 2, *(2,) * form.delta, 3)
-    return () if form.exact else tuple(count * size.value_tiles for count in names)
+    one, made = form.pieces, form.made
+    counts = (one + made * (1 + form.delta), one + made, *(2 * made,) * form.delta, 3 * made)
+    return () if form.exact else tuple(count * (1 if made > 1 else size.value_tiles) for count in counts)
 
 
 class _ByRow(NamedTuple):
@@ -120,7 +128,7 @@ class _ByRow(NamedTuple):
         """What k gets as the row that is read."""
         terms = [tn(self.d, self.q)]
         if self.r is not None:
-            weighed = self.pool.take()
+            weighed = self.pool.take(self.r.pieces)
             put(weighed, read(self.r) * self.beta)
             plgpu.commit_smem()
             terms.append(tn(weighed, self.k))
@@ -210,24 +218,24 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     """64 channels of one chunk of one head."""
     pool, barrier = Pool(form, refs.pool), refs.barriers[0].at[0]
     vector = form.decay == "vector"
-    own = (refs.b, tokens(refs.n), refs.h, columns(refs.k_tile))
-    shared = (refs.b, tokens(refs.n), lax.div(refs.h, jnp.int32(form.group)), columns(refs.k_tile))
+    own = (refs.b, tokens(refs.n), refs.h)
+    shared = (refs.b, tokens(refs.n), lax.div(refs.h, jnp.int32(form.group)))
     plgpu.copy_gmem_to_smem(refs.rows.at[(refs.b, refs.n, refs.h)], refs.rows_smem.at[0], barrier)
     # Where q and k are no operands of a product and take much room, they are brought from device memory when they are needed.
     q = k = None
     if not (form.exact and vector):
         q, k = pool.many(2)
-        copy(form, refs.q.at[shared], q, barrier)
-        copy(form, refs.k.at[shared], k, barrier)
+        copy(form, refs.q, shared, refs.k_tile, q, barrier)
+        copy(form, refs.k, shared, refs.k_tile, k, barrier)
     arrived(form, barrier)
 
     def q_rows() -> jax.Array:
-        return fetched(refs.q.at[(hidden(refs.b), *shared[1:])]) if q is None else read(q)
+        return fetched(refs.q.at[(hidden(refs.b), *shared[1:], columns(refs.k_tile))]) if q is None else read(q)
 
     def k_rows() -> jax.Array:
-        return fetched(refs.k.at[(hidden(refs.b), *shared[1:])]) if k is None else read(k)
+        return fetched(refs.k.at[(hidden(refs.b), *shared[1:], columns(refs.k_tile))]) if k is None else read(k)
 
-    d, r = pool.take(), pool.take() if form.delta else None
+    d, r = pool.take(form.made), pool.take(form.made) if form.delta else None
     staging = None if form.exact else pool.take()
     rows = Rows(form, refs.rows_smem.at[0])
     masks = Masks.of(rows)
@@ -240,11 +248,11 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     chosen = gates = None
     if vector:
         gates, chosen = pool.take(form.fine), pool.take(1)
-        put(gates, fetched(refs.g.at[own]))
+        put(gates, fetched(refs.g.at[(*own, columns(refs.k_tile))]))
     here = pool.next
     if vector:
         parked = pool.take() if form.exact else None
-        pairs_sums = _ByChannel(masks, chosen, gates, parked, pool.many(2), q_rows, k_rows, d, r, beta)
+        pairs_sums = _ByChannel(masks, chosen, gates, parked, pool.many(2, form.made), q_rows, k_rows, d, r, beta)
     else:
         pairs_sums = _ByRow(pool, q, k, d, r, beta)
 
@@ -258,7 +266,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     pool.back(here)
     (x,) = now(x + reached("do", rows.factor("entry") * form.scale))
     after.add(q_rows() * x)
-    keep(form, refs.dq.at[own], staging, x + diagonal * k_rows())
+    keep(form, refs.dq, own, refs.k_tile, staging, x + diagonal * k_rows())
     x = pairs_sums.to_column()
     after.add(k_rows() * (0.0 - x))
     dk.add(x + diagonal * q_rows())
@@ -281,11 +289,11 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     (x,) = now(x * rows.factor("exit"))
     if vector:
         (x,) = now(x * summed(chosen, masks.j > masks.i, [gates])(0))
-    keep(form, refs.dk.at[own], staging, dk.read() + x)
+    keep(form, refs.dk, own, refs.k_tile, staging, dk.read() + x)
     (left,) = now(k_rows() * x)
     if vector:
         pool.back(held)
-        refs.dg[own] = _gate(form, refs, pool, masks, after.operand, left, through, rows)
+        refs.dg[(*own, columns(refs.k_tile))] = _gate(form, refs, pool, masks, after.operand, left, through, rows)
     elif form.decay == "scalar":
         refs.vectors[0], refs.vectors[1], refs.vectors[2] = after.found, jnp.sum(left, axis=1), through
     if sums(form):
@@ -344,15 +352,15 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
     if count:
         shape = (size.batch, size.chunks, size.heads, size.key_tiles, count, TILE)
         outputs["sums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    together = form.pieces * (1 if form.exact else size.value_tiles)
-    held = form.pieces * (1 + form.delta) + form.fine * (1 + vector)
+    together = form.made * (1 if form.made > 1 else size.value_tiles)
+    held = form.made * (1 + form.delta) + form.fine * (1 + vector)
     held += 0 if form.exact and vector else 2 * form.pieces
     held += 0 if form.exact else form.pieces
     gates = (form.fine + 1) * vector
     working = (
         (2 + form.delta) * together - form.fine * (1 + vector),
         gates + 3 * together,
-        gates + (2 + form.exact) * form.pieces,
+        gates + (2 + form.exact) * form.made,
     )
     return launch(
         form,

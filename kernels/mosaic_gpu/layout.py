@@ -40,6 +40,27 @@ class Form(NamedTuple):
         return jnp.float32 if self.exact else jnp.bfloat16
 
     @property
+    def made(self) -> int:
+        """Pieces of what the kernels of delta rules make for each other: scores, inverses, states, what is written.
+
+        A reflection (beta = 2) damps no rounding, and with equal keys it cancels what it wrote before: of one bfloat16 piece
+        nothing would be left, whatever the inputs are.
+        """
+        return max(2, self.pieces) if self.delta else self.pieces
+
+    def kept(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """An array of what is `made`: in bfloat16 with the pieces of every tile side by side along the last axis."""
+        beside = 1 if self.exact else self.made
+        return jax.ShapeDtypeStruct((*shape[:-1], beside * shape[-1]), self.stored)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """The sums of the pieces of such an array, float32."""
+        if self.exact or self.made == 1:
+            return x.astype(jnp.float32)
+        pieces = x.reshape(*x.shape[:-1], -1, self.made, TILE)
+        return jnp.sum(pieces, axis=-2, dtype=jnp.float32).reshape(*x.shape[:-1], -1)
+
+    @property
     def pieces(self) -> int:
         """bfloat16 tiles an operand takes."""
         return 3 if self.exact else 1

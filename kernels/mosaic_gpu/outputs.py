@@ -21,32 +21,33 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     count = refs.read.shape[-1] // TILE
     chunk, own = (refs.b, refs.n, refs.h), (refs.b, tokens(refs.n), refs.h)
     shared = own if form.decay == "vector" else (refs.b, tokens(refs.n), lax.div(refs.h, jnp.int32(form.group)))
-    block = columns(refs.v_tile)
-    reading, states, scores, written = pool.many(count), pool.many(count), pool.take(), pool.take()
+    reading, states = pool.many(count), pool.many(count, form.made)
+    scores, written = pool.many(2, form.made)
     plgpu.copy_gmem_to_smem(refs.rows.at[chunk], refs.rows_smem.at[0], barrier)
     for tile in range(count):
-        copy(form, refs.read.at[(*shared, columns(tile))], reading[tile], barrier)
-        copy(form, refs.states.at[(*chunk, columns(tile), block)], states[tile], barrier)
-    copy(form, refs.scores.at[chunk], scores, barrier)
-    copy(form, refs.written.at[(*own, block)], written, barrier)
+        copy(form, refs.read, shared, tile, reading[tile], barrier)
+        copy(form, refs.states, (*chunk, columns(tile)), refs.v_tile, states[tile], barrier)
+    copy(form, refs.scores, (*chunk, slice(None)), 0, scores, barrier)
+    copy(form, refs.written, own, refs.v_tile, written, barrier)
     arrived(form, barrier)
     entry = Rows(form, refs.rows_smem.at[0]).factor("entry")
     o = dot(nn(scores, written)) + (entry * form.scale) * dot(*map(nn, reading, states))
-    keep(form, refs.o.at[(*own, block)], scores, o)
+    keep(form, refs.o, own, refs.v_tile, scores._replace(pieces=form.pieces), o)
     done()
 
 
 def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> jax.Array:
     """o [B,T,HV,V] from read [B,T,H or HV,K], written [B,T,HV,V], states [B,N,HV,K,V], scores and rows."""
-    tiles = 2 * size.key_tiles + 2
+    tiles = form.pieces * size.key_tiles + form.made * (size.key_tiles + 2)
+    shape = (size.batch, size.chunks * TILE, size.heads, size.value_tiles * TILE)
     return launch(
         form,
         "outputs",
         body,
         grid={"v_tile": size.value_tiles, "n": size.chunks, "h": size.heads, "b": size.batch},
         inputs={name: arrays[name] for name in ("read", "written", "states", "scores", "rows")},
-        outputs={"o": jax.ShapeDtypeStruct(arrays["written"].shape, form.stored)},
-        pool=form.pieces * tiles,
+        outputs={"o": jax.ShapeDtypeStruct(shape, form.stored)},
+        pool=tiles,
         copies=(1 + (0 if form.exact else tiles),),
         row_slots=1,
     )["o"]

@@ -46,13 +46,14 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     count = refs.q.shape[-1] // TILE
     chunk, own = (refs.b, refs.n, refs.h), (refs.b, tokens(refs.n), refs.h)
     shared = (refs.b, tokens(refs.n), lax.div(refs.h, jnp.int32(form.group)))
-    staging = pool.take()
+    whole = pool.take(form.made)
+    staging = whole._replace(pieces=form.pieces)
     start = pool.next
     q, k = pool.many(count), pool.many(count)
     plgpu.copy_gmem_to_smem(refs.rows.at[chunk], refs.rows_smem.at[0], barrier.at[0])
     for tile in range(count):
-        copy(form, refs.q.at[(*shared, columns(tile))], q[tile], barrier.at[0])
-        copy(form, refs.k.at[(*shared, columns(tile))], k[tile], barrier.at[0])
+        copy(form, refs.q, shared, tile, q[tile], barrier.at[0])
+        copy(form, refs.k, shared, tile, k[tile], barrier.at[0])
     arrived(form, barrier.at[0])
     rows = Rows(form, refs.rows_smem.at[0])
     masks = Masks.of(rows)
@@ -62,11 +63,11 @@ def body(form: Form, refs: SimpleNamespace) -> None:
         decay = pairs(rows, masks)
         scores = times(dot(*map(nt, q, k)), decay)
         erasing = times(dot(*map(nt, k, k)), decay) if form.delta else None
-    keep(form, refs.scores.at[chunk], staging, where(masks.causal(), scores * form.scale))
+    keep(form, refs.scores, (*chunk, slice(None)), 0, whole, where(masks.causal(), scores * form.scale))
     if form.delta:
         minus = where(masks.strict(), erasing * (0.0 - rows.factor("beta")))
         pool.back(start)
-        keep(form, refs.solved.at[chunk], staging, inverse(form, pool, masks, minus))
+        keep(form, refs.solved, (*chunk, slice(None)), 0, whole, inverse(form, pool, masks, minus))
     done()
 
 
@@ -95,12 +96,12 @@ def _by_channel(
     entry = summed(chosen, masks.j <= masks.i, gates)
     for tile in range(count):
         factor = entry(tile)
-        keep(form, refs.read.at[(*own, columns(tile))], staging, read(q[tile]) * factor)
+        keep(form, refs.read, own, tile, staging, read(q[tile]) * factor)
         if form.delta:
-            keep(form, refs.entered.at[(*own, columns(tile))], staging, read(k[tile]) * factor)
+            keep(form, refs.entered, own, tile, staging, read(k[tile]) * factor)
     leaving = summed(chosen, masks.j > masks.i, gates)
     for tile in range(count):
-        keep(form, refs.kept.at[(*own, columns(tile))], staging, read(k[tile]) * leaving(tile))
+        keep(form, refs.kept, own, tile, staging, read(k[tile]) * leaving(tile))
 
     done()
 
@@ -130,10 +131,10 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
     """From q, k [B,T,H,K], rows [B,N,HV,.,64] and for a decay by channel g [B,T,HV,K].
 
     Returns:
-      scores, and for delta rules solved [B,N,HV,64,64]; for a decay by channel read = q e^G, kept = k e^{G_C - G} and for delta
-      rules entered = k e^G [B,T,HV,K], all in the stored dtype; through = e^{G_C} [B,N,HV,K] float32.
+      scores, and for delta rules solved [B,N,HV,64,64], as `Form.kept`; for a decay by channel read = q e^G, kept = k
+      e^{G_C - G} and for delta rules entered = k e^G [B,T,HV,K], in the stored dtype; through = e^{G_C} [B,N,HV,K] float32.
     """
-    squares = jax.ShapeDtypeStruct((size.batch, size.chunks, size.heads, TILE, TILE), form.stored)
+    squares = form.kept(size.batch, size.chunks, size.heads, TILE, TILE)
     outputs = {"scores": squares} | ({"solved": squares} if form.delta else {})
     vector = form.decay == "vector"
     keys, tiles = size.key_tiles * TILE, size.key_tiles
@@ -142,7 +143,7 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
         outputs |= {"read": channels, "kept": channels} | ({"entered": channels} if form.delta else {})
         outputs["through"] = jax.ShapeDtypeStruct((size.batch, size.chunks, size.heads, keys), jnp.float32)
     names = ("q", "k", "g", "rows") if vector else ("q", "k", "rows")
-    loaded = form.pieces * (1 + 2 * tiles) + (form.fine * tiles + 1 + form.pieces if vector else 0)
+    loaded = form.made + form.pieces * 2 * tiles + (form.fine * tiles + 1 + form.pieces if vector else 0)
     return launch(
         form,
         "pairs",
@@ -150,7 +151,7 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
         grid={"n": size.chunks, "h": size.heads, "b": size.batch},
         inputs={name: arrays[name] for name in names},
         outputs=outputs,
-        pool=max(loaded, form.pieces + 4 * form.fine * form.delta),
+        pool=max(loaded, form.made + 4 * form.fine * form.delta),
         copies=(1 + (0 if form.exact else 2 * tiles),),
         row_slots=1,
         vectors=tiles if vector else 0,

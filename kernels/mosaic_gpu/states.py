@@ -56,10 +56,10 @@ class _Chunks:
         self.count = refs.kept.shape[-1] // TILE
         # Of equal operands, as are kept and entered without a decay by channel, one is there.
         self.keys = tuple(name for name in keys if hasattr(refs, name))
-        self.starts = {}
+        self.starts, self.stride = {}, 0
         for name in (*self.keys, *values, *squares):
-            self.starts[name] = len(self.starts) and self.stride
-            self.stride = self.starts[name] + form.pieces * (self.count if name in self.keys else 1)
+            self.starts[name] = self.stride
+            self.stride += self.pieces(name) * (self.count if name in self.keys else 1)
 
     def pool(self) -> Pool:
         """What is left of the tiles."""
@@ -67,9 +67,13 @@ class _Chunks:
         pool.next = slots(self.form) * self.stride
         return pool
 
+    def pieces(self, name: str) -> int:
+        """Of an input's tiles."""
+        return self.form.made if name in self.squares else self.form.pieces
+
     def at(self, name: str, slot: Any) -> Operand:
         """A tile of one slot."""
-        return Operand(self.refs.pool, self.starts[name] + slot * self.stride, self.form.pieces)
+        return Operand(self.refs.pool, self.starts[name] + slot * self.stride, self.pieces(name))
 
     def across(self, name: str, slot: Any) -> list[Operand]:
         """The tiles of one slot across K."""
@@ -89,11 +93,11 @@ class _Chunks:
                 plgpu.copy_gmem_to_smem(refs.through.at[(*chunk, columns(tile))], vector, barrier)
         for name in self.keys:
             for tile, operand in enumerate(self.across(name, slot)):
-                copy(form, getattr(refs, name).at[(*shared, columns(tile))], operand, barrier)
+                copy(form, getattr(refs, name), shared, tile, operand, barrier)
         for name in self.values:
-            copy(form, getattr(refs, name).at[(*own, columns(refs.v_tile))], self.at(name, slot), barrier)
+            copy(form, getattr(refs, name), own, refs.v_tile, self.at(name, slot), barrier)
         for name in self.squares:
-            copy(form, getattr(refs, name).at[chunk], self.at(name, slot), barrier)
+            copy(form, getattr(refs, name), (*chunk, slice(None)), 0, self.at(name, slot), barrier)
 
     def arrived(self, slot: Any) -> Rows:
         """Wait for the copies of a slot."""
@@ -109,8 +113,10 @@ class _Chunks:
 
 
 def slots(form: Form) -> int:
-    """float32 takes three times the shared memory, and its tiles come through registers."""
-    return 1 if form.exact else 2
+    """float32 takes three times the shared memory, and its tiles come through registers; a delta rule with a decay by channel
+    fills it with one chunk.
+    """
+    return 1 if form.exact or (form.delta and form.decay == "vector") else 2
 
 
 def _launch(
@@ -127,7 +133,7 @@ def _launch(
 ) -> dict[str, jax.Array]:
     """`keys`, `values`, `squares`: inputs of each kind; `working`: operands beside them."""
     vector = form.decay == "vector"
-    tiles = keys * size.key_tiles + values + squares
+    tiles = form.pieces * (keys * size.key_tiles + values) + form.made * squares
     copies = 1 + vector * size.key_tiles + (0 if form.exact else tiles)
     return launch(
         form,
@@ -136,7 +142,7 @@ def _launch(
         grid={"v_tile": size.value_tiles, "h": size.heads, "b": size.batch},
         inputs=inputs,
         outputs=outputs,
-        pool=form.pieces * (slots(form) * tiles + working),
+        pool=slots(form) * tiles + form.made * working,
         slots=slots(form),
         copies=(copies,),
         row_slots=slots(form),
@@ -147,13 +153,13 @@ def _launch(
 def _forward(form: Form, refs: SimpleNamespace) -> None:
     chunks = _Chunks(form, refs, ("kept", "entered"), ("v",), ("solved",) if form.delta else ())
     pool, count = chunks.pool(), refs.v.shape[1] // TILE
-    entering, written = pool.many(chunks.count), pool.take()
+    entering, written = pool.many(chunks.count, form.made), pool.take(form.made)
     block = columns(refs.v_tile)
 
     def chunk(n: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rows = chunks.arrived(slot)
         for tile, x in enumerate(state):
-            keep_both(form, refs.states.at[(refs.b, n, refs.h, columns(tile), block)], entering[tile], x)
+            keep_both(form, refs.states, (refs.b, n, refs.h, columns(tile)), refs.v_tile, entering[tile], x)
         w = read(chunks.at("v", slot))
         if form.delta:
             entered = chunks.across("entered" if "entered" in chunks.keys else "kept", slot)
@@ -161,7 +167,7 @@ def _forward(form: Form, refs: SimpleNamespace) -> None:
             put(written, w)
             plgpu.commit_smem()
             w = dot(nn(chunks.at("solved", slot), written))
-            keep(form, refs.written.at[(refs.b, tokens(n), refs.h, block)], written, w)
+            keep(form, refs.written, (refs.b, tokens(n), refs.h), refs.v_tile, written, w)
             done()
         put(written, w * rows.factor("exit"))
         plgpu.commit_smem()
@@ -179,21 +185,30 @@ def forward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, j
     through [B,N,HV,K] and for both entered.
 
     Returns:
-      states [B,N,HV,K,V], what enters every chunk, and for delta rules written [B,T,HV,V], in the stored dtype; final, float32.
+      states [B,N,HV,K,V], what enters every chunk, and for delta rules written [B,T,HV,V], as `Form.kept`; final, float32.
     """
     names = ["kept", "v", "rows", "initial"] + ["solved"] * form.delta
     if form.decay == "vector":
         names += ["through"] + ["entered"] * form.delta
     keys, values = size.key_tiles * TILE, size.value_tiles * TILE
     outputs = {
-        "states": jax.ShapeDtypeStruct((size.batch, size.chunks, size.heads, keys, values), form.stored),
+        "states": form.kept(size.batch, size.chunks, size.heads, keys, values),
         "final": jax.ShapeDtypeStruct((size.batch, size.heads, keys, values), jnp.float32),
     }
     if form.delta:
-        outputs["written"] = jax.ShapeDtypeStruct(arrays["v"].shape, form.stored)
+        outputs["written"] = form.kept(*arrays["v"].shape)
     inputs = {name: arrays[name] for name in names}
     return _launch(
-        form, size, "states", _forward, inputs, outputs, 1 + ("entered" in names), 1, int(form.delta), size.key_tiles + 1
+        form,
+        size,
+        "states",
+        _forward,
+        inputs,
+        outputs,
+        keys=1 + ("entered" in names),
+        values=1,
+        squares=int(form.delta),
+        working=size.key_tiles + 1,
     )
 
 
@@ -201,14 +216,15 @@ def _backward(form: Form, refs: SimpleNamespace) -> None:
     squares = ("scores", "solved") if form.delta else ("scores",)
     chunks = _Chunks(form, refs, ("read", "kept", "entered"), ("do",), squares)
     pool, count = chunks.pool(), refs.do.shape[1] // TILE
-    leaving, pulled = pool.many(chunks.count), pool.take()
+    leaving, pulled = pool.many(chunks.count, form.made), pool.take(form.made)
+    weighed = pool.take(form.made) if form.made > form.pieces else None
     block = columns(refs.v_tile)
 
     def chunk(step: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         n = count - 1 - step
         rows = chunks.arrived(slot)
         for tile, x in enumerate(state):
-            keep_both(form, refs.dstates.at[(refs.b, n, refs.h, columns(tile), block)], leaving[tile], x)
+            keep_both(form, refs.dstates, (refs.b, n, refs.h, columns(tile)), refs.v_tile, leaving[tile], x)
         do = chunks.at("do", slot)
         w = dot(tn(chunks.at("scores", slot), do))
         w = w + rows.factor("exit") * dot(*map(nn, chunks.across("kept", slot), leaving))
@@ -216,10 +232,11 @@ def _backward(form: Form, refs: SimpleNamespace) -> None:
             put(pulled, w)
             plgpu.commit_smem()
             w = dot(tn(chunks.at("solved", slot), pulled))
-        keep(form, refs.dwritten.at[(refs.b, tokens(n), refs.h, block)], pulled, w)
+        keep(form, refs.dwritten, (refs.b, tokens(n), refs.h), refs.v_tile, pulled, w)
         done()
-        put(do, read(do) * (rows.factor("entry") * form.scale))
-        terms = [[tn(x, do)] for x in chunks.across("read", slot)]
+        reading = weighed or do
+        put(reading, read(do) * (rows.factor("entry") * form.scale))
+        terms = [[tn(x, reading)] for x in chunks.across("read", slot)]
         if form.delta:
             put(pulled, w * (rows.factor("entry") * (0.0 - rows.factor("beta"))))
             entered = chunks.across("entered" if "entered" in chunks.keys else "kept", slot)
@@ -241,7 +258,7 @@ def backward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, 
     decay by channel through, and for both entered.
 
     Returns:
-      dstates [B,N,HV,K,V], the cotangent of what leaves every chunk, and dwritten [B,T,HV,V], in the stored dtype: the
+      dstates [B,N,HV,K,V], the cotangent of what leaves every chunk, and dwritten [B,T,HV,V], as `Form.kept`: the
       cotangent of v, for delta rules that of beta (v - entry (entered E)). dinitial [B,HV,K,V] float32.
     """
     names = ["read", "kept", "do", "rows", "scores", "dfinal"] + ["solved"] * form.delta
@@ -249,11 +266,20 @@ def backward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, 
         names += ["through"] + ["entered"] * form.delta
     keys, values = size.key_tiles * TILE, size.value_tiles * TILE
     outputs = {
-        "dstates": jax.ShapeDtypeStruct((size.batch, size.chunks, size.heads, keys, values), form.stored),
-        "dwritten": jax.ShapeDtypeStruct(arrays["do"].shape, form.stored),
+        "dstates": form.kept(size.batch, size.chunks, size.heads, keys, values),
+        "dwritten": form.kept(*arrays["do"].shape),
         "dinitial": jax.ShapeDtypeStruct((size.batch, size.heads, keys, values), jnp.float32),
     }
     inputs = {name: arrays[name] for name in names}
     return _launch(
-        form, size, "dstates", _backward, inputs, outputs, 2 + ("entered" in names), 1, 1 + form.delta, size.key_tiles + 1
+        form,
+        size,
+        "dstates",
+        _backward,
+        inputs,
+        outputs,
+        keys=2 + ("entered" in names),
+        values=1,
+        squares=1 + form.delta,
+        working=size.key_tiles + 1 + (form.made > form.pieces),
     )

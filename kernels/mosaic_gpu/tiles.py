@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.mosaic_gpu.layout import Form
+from kernels.mosaic_gpu.layout import Form, columns
 from kernels.mosaic_gpu.limits import TILE
 
 REGISTERS = plgpu.Layout.WGMMA
@@ -103,7 +103,8 @@ def dot(*terms: Term) -> jax.Array:
                     plgpu.wgmma(sums, turned(a.piece(i), transpose_a), turned(b.piece(j), transpose_b))
         return sums[...]
 
-    return pl.run_scoped(accumulate, plgpu.ACC(SHAPE, jnp.float32))
+    # Behind a barrier, so that nothing is folded into the accumulator itself.
+    return now(pl.run_scoped(accumulate, plgpu.ACC(SHAPE, jnp.float32)))[0]
 
 
 def now(*tiles: jax.Array) -> list[jax.Array]:
@@ -179,13 +180,17 @@ class Pool:
         self.next = mark
 
 
-def copy(form: Form, gmem: Any, operand: Operand, barrier: Any) -> None:
-    """Begin to bring a tile of device memory to an operand: by the copy engine, or for float32 through registers."""
+def copy(form: Form, gmem: Any, at: tuple, tile: Any, operand: Operand, barrier: Any) -> None:
+    """Begin to bring a tile of device memory, rows `at` and columns of `tile`, to an operand, which has the pieces of what lies
+    there: by the copy engine, a copy a piece; or for float32 through registers.
+    """
     if form.exact:
-        put(operand, fetched(gmem))
+        put(operand, fetched(gmem.at[(*at, columns(tile))]))
         plgpu.commit_smem()  # or the compiler would bring every tile to registers first
-    else:
-        plgpu.copy_gmem_to_smem(gmem, operand.piece(0), barrier)
+        return
+    for number in range(operand.pieces):
+        piece = gmem.at[(*at, columns(tile * operand.pieces + number))]
+        plgpu.copy_gmem_to_smem(piece, operand.piece(number), barrier)
 
 
 def arrived(form: Form, barrier: Any) -> None:
@@ -195,24 +200,25 @@ def arrived(form: Form, barrier: Any) -> None:
         plgpu.commit_smem()
 
 
-def keep(form: Form, gmem: Any, operand: Operand, x: jax.Array) -> None:
-    """A tile to device memory, in the dtype that is stored there, by way of `operand`; float32 goes straight from the
-    registers.
+def keep(form: Form, gmem: Any, at: tuple, tile: Any, operand: Operand, x: jax.Array) -> None:
+    """A tile to device memory, rows `at` and columns of `tile`, in the pieces of `operand` and by way of it; float32 goes
+    straight from the registers.
 
     Waits for copies begun before, so `operand` may be the same; this one is under way on return, so a kernel ends with `done`.
     """
     if form.exact:
-        gmem[...] = x
+        gmem[(*at, columns(tile))] = x
         return
     done()
     put(operand, x)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(operand.piece(0), gmem)
+    for number in range(operand.pieces):
+        plgpu.copy_smem_to_gmem(operand.piece(number), gmem.at[(*at, columns(tile * operand.pieces + number))])
 
 
-def keep_both(form: Form, gmem: Any, operand: Operand, x: jax.Array) -> None:
+def keep_both(form: Form, gmem: Any, at: tuple, tile: Any, operand: Operand, x: jax.Array) -> None:
     """As `keep`, and `operand` holds the tile afterwards."""
-    keep(form, gmem, operand, x)
+    keep(form, gmem, at, tile, operand, x)
     if form.exact:
         put(operand, x)
         plgpu.commit_smem()

@@ -28,20 +28,28 @@ TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (5e-3, 8e-3)}
 COVERING = [
     # op, length, sequences, dtype, K, V
     ("linear_attention", 65, "one", "bfloat16", 16, 8),
+    ("retention", 64, "one", "float32", 128, 64),
     ("simple_gla", 130, "segments", "float32", 16, 8),
     ("gla", 65, "segments", "float32", 16, 8),
+    ("gla", 200, "segments", "bfloat16", 16, 8),
+    ("delta_rule", 65, "one", "bfloat16", 16, 8),
     ("gated_delta_rule", 65, "segments", "float32", 16, 8),
-    ("kda", 65, "one", "bfloat16", 16, 8),
-    ("kda", 65, "segments", "float32", 16, 8),
     ("gated_delta_rule", 64, "one", "bfloat16", 128, 128),
-    ("retention", 64, "one", "float32", 128, 64),
+    ("kda", 65, "segments", "float32", 16, 8),
+    ("kda", 65, "one", "bfloat16", 16, 8),
+    ("kda", 128, "segments", "bfloat16", 128, 64),
 ]
-EVERYTHING = list(
-    itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), ("float32", "bfloat16"), (16, 64, 128), (8, 128))
-)
+EVERYTHING = [
+    case
+    for case in itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), TOLERANCE, (16, 64, 128), (8, 128))
+    # Delta rules in float32 are served up to K = 64.
+    if not (GATES[case[0]][1] and case[3] == "float32" and case[4] > limits.TILE)
+]
 
 
 def check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size, regimes=REGIMES) -> None:
+    if ON_GPU and dtype == "float32" and GATES[op][0] not in limits.FLOAT32_ON_A_GPU:
+        pytest.skip("a GPU is given no float32 with a decay")
     given = problem(op, length, sequences, key_size=key_size, value_size=value_size, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
     weight = np.random.default_rng(0).standard_normal(given.arrays[2].shape).astype(np.float32)
@@ -75,8 +83,7 @@ def check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_si
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,length,sequences,dtype,key_size,value_size", COVERING)
 def test_kernels_are_close_to_the_float64_recurrence(problem, rms, op, length, sequences, dtype, key_size, value_size):
-    # One row after another through every regime would take the interpreter minutes; the last one is the hardest.
-    check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size, REGIMES if ON_GPU else REGIMES[1:2])
+    check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size)
 
 
 @needs_jax
@@ -106,8 +113,6 @@ def test_only_sequences_with_too_few_heads_are_split():
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,dtype,key_size,value_size", EVERYTHING)
 def test_kernels_in_the_full_product(problem, rms, op, length, sequences, dtype, key_size, value_size):
-    if dtype == "float32" and GATES[op][1] and key_size > limits.TILE:
-        pytest.skip("float32 delta rules are served up to K = 64")
     check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size)
 
 
