@@ -132,9 +132,11 @@ def on_a_mesh(what: str) -> None:
         batch = jax.NamedSharding(mesh, sharding.partition(("batch", None, None), x.shape, mesh))
         rows = jax.NamedSharding(mesh, sharding.partition(("batch", None), ids.shape, mesh))
         found = forms.jit(call)(split, jax.device_put(x, batch), jax.device_put(ids, rows))
+    # The norm of each head divides by outputs that may be small: gradients on one device are 7e-5 off those in float64.
+    tolerance = 5e-4 if what == "gradients" else 1e-5
     for expected, (path, leaf) in zip(jax.tree.leaves(single), jax.tree_util.tree_leaves_with_path(found), strict=True):
         scale = np.abs(expected).max()
-        np.testing.assert_allclose(leaf, expected, atol=1e-5 * max(1, scale), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(leaf, expected, atol=tolerance * max(1, scale), err_msg=jax.tree_util.keystr(path))
 
 
 slow = pytest.mark.slow

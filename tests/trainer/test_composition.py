@@ -61,6 +61,11 @@ def covering(choices):
     return rows
 
 
+def product(choices):
+    """Every row."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
 def part(name):
     return VARIANTS.get(name, {"name": name})
 
@@ -103,8 +108,22 @@ def test_the_set_covers_every_pair_and_every_registered_part():
     assert set(CHOICES["depth"]) == set(registry.names("model.depth"))
 
 
+def named(row):
+    return "-".join(row.values())
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row[name] for name in CHOICES))
 def test_it_trains_resumes_and_generates(row, tmp_path):
+    check_model(row, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", product(CHOICES), ids=named)
+def test_every_combination_trains_resumes_and_generates(row, tmp_path):
+    check_model(row, tmp_path)
+
+
+def check_model(row, tmp_path):
     setup = assemble(configuration.resolve_config(config_of(row)))
     rates, rows = optim.rates(setup.config.optimizer, 3), setup.dataset.train(**setup.share(2))
     with jax.set_mesh(setup.mesh):
@@ -207,9 +226,19 @@ def test_the_set_of_recipes_covers_every_pair_and_every_registered_part():
 @pytest.mark.parametrize(
     "row",
     [*QUICK, *(pytest.param(row, marks=pytest.mark.slow) for row in EVERY if row not in QUICK)],
-    ids=lambda row: "-".join(row.values()),
+    ids=named,
 )
 def test_a_recipe_trains_resumes_and_reports_its_assignment(row, tmp_path):
+    check_recipe(row, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", product({name: list(choices) for name, choices in RECIPES.items()}), ids=named)
+def test_every_recipe_trains_resumes_and_reports_its_assignment(row, tmp_path):
+    check_recipe(row, tmp_path)
+
+
+def check_recipe(row, tmp_path):
     setup = assemble(configuration.resolve_config(recipe_config(row)))
     check_assignment(setup, row)
     rates, rows = optim.rates(setup.config.optimizer, STEPS), setup.dataset.train(**setup.share(4))
