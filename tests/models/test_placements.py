@@ -207,7 +207,10 @@ def test_every_placement_decodes_step_by_step_and_learns_in_every_layer(config, 
     for path, found in gradients(model, rows, depth=depth).items():
         for i, own in enumerate(found if path.startswith("blocks") else found[None]):
             assert np.isfinite(own).all(), (path, i)
-            if i == 3 and path.endswith(idle[: 1 if placement.get("form") == "dynamic" else 2]) and idle:
+            last = i == 3 and idle and path.endswith(idle[: 1 if placement.get("form") == "dynamic" else 2])
+            # Streams start equal: how the first mixer weighs them is a factor that its norm takes out.
+            first = i == 0 and placement.get("form") != "dynamic" and path.endswith("mixer_weights.reading")
+            if last or first:
                 assert np.abs(own).max() < 1e-5, path
             else:
                 assert np.abs(own).max() > 0, (path, i)
