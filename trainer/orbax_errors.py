@@ -15,11 +15,15 @@ def load_orbax() -> Any:
     """The module `orbax.checkpoint` (0.15 s on top of JAX), made to report a failed write only to its caller.
 
     Left alone, a write that fails in the background is logged three times with its traceback before its caller hears of
-    it, and TensorStore's threads go on to print one more traceback for each array, about an event loop that is closed.
+    it, and goes on to print one more traceback for each array: TensorStore's threads about an event loop that is closed,
+    asyncio about tasks and futures that failed after the first of them was raised.
     """
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not ("exception was never retrieved" in record.getMessage() and "orbax" in record.getMessage())
+    )
     others = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
