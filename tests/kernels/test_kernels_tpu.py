@@ -123,3 +123,16 @@ def test_bundle_counts_are_those_of_the_kernels_as_they_are():
 def test_a_grown_bundle_count_is_named():
     before = {"v6e": {"a": 10, "b": 10}}
     assert compiled.grown({"v6e": {"a": 11, "b": 9, "c": 5}}, before) == ["v6e: a has 11 bundles, was 10"]
+
+
+def test_a_part_compiled_alone_replaces_only_itself_while_sources_and_versions_are_the_same():
+    versions = {"jax": "1", "libtpu": "1"}
+    record = {"source": "old", "versions": versions, "bundles": {"v5e": {"a": 1, "b": 2}, "v6e": {"a": 3}}}
+    found = {"TPU7x": {"a": 6}, "v5e": {"b": 5}}
+    kept = compiled.merged(found, record, "old", versions)
+    assert kept == {"v5e": {"a": 1, "b": 5}, "v6e": {"a": 3}, "TPU7x": {"a": 6}}
+    assert list(kept) == [name for name in compiled.DEVICES if name in kept]
+    alone = {"v5e": {"b": 5}, "TPU7x": {"a": 6}}
+    assert compiled.merged(found, record, "new", versions) == alone
+    assert compiled.merged(found, record, "old", versions | {"libtpu": "2"}) == alone
+    assert compiled.merged(found, {}, "new", versions) == alone
