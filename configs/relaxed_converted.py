@@ -18,7 +18,7 @@ def get_config(arg: str = "runs/tiny") -> ConfigDict:
     """`arg` is the donor's run directory."""
     donor = arg or "runs/tiny"
     config = tiny.get_config()
-    config.init_from = dict(run=donor, convert="average")
+    config.init_from = dict(run=donor, convert=dict(name="looped", initial="average"))
     config.model.depth = dict(name="recursive", loops=2, rank=8, share_norms=False)
     config.optimizer.direction.learning_rate = 0.005
     config.optimizer.direction.rest.learning_rate = 1e-3

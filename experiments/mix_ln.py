@@ -34,6 +34,10 @@ RECIPE = NORMAL | {
 }
 
 
+# What the paper's models have and those of the smaller scales do not.
+PAPER = {"model.mixer.qk_norm": False, "model.embedding_std": 0.632}
+
+
 def schedule(steps: int) -> dict:
     """The scale's length, warm-up over a tenth of it and four rows of diagnostics."""
     cosine = {"name": "cosine", "warmup": max(1, steps // 10), "final": 0.1}
@@ -90,13 +94,13 @@ def get_experiment() -> Experiment:
             ),
             "paper": Scale(
                 seeds=3,
-                changes=paper | text.shape(512, 12, 8, 1368) | RECIPE | {RATE: 1e-3} | schedule(10_000),
+                changes=paper | text.shape(512, 12, 8, 1368) | RECIPE | PAPER | {RATE: 1e-3} | schedule(10_000),
                 vocabulary=32_000,
                 note="the paper's 71 M model",
             ),
             "paper_1b": Scale(
                 seeds=1,
-                changes=paper | text.shape(2048, 24, 32, 5461) | RECIPE | {RATE: 5e-4} | schedule(100_000),
+                changes=paper | text.shape(2048, 24, 32, 5461) | RECIPE | PAPER | {RATE: 5e-4} | schedule(100_000),
                 vocabulary=32_000,
                 note="the paper's 1 B model, where others saw Mix-LN diverge; one seed, so no verdict",
             ),

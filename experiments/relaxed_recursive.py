@@ -43,7 +43,8 @@ def looped(name: str, convert: str | None, share: float = 0.0, *, adapters: str 
     """A looped model: `share` of the scale's rank, 0 for plain loops; started from the donor unless `convert` is None."""
     start = {"train.teacher.run": RunOf(DONOR)} if teacher else {}
     if convert is not None:
-        start |= {"init_from.run": RunOf(DONOR), "init_from.convert": convert, "init_from.adapters": adapters}
+        conversion = {"name": "looped", "initial": convert, "adapters": adapters}
+        start |= {"init_from.run": RunOf(DONOR), "init_from.convert": conversion}
     by_scale = {}
     for scale, (_, steps) in STEPS.items():
         rank = round(share * RANK[scale])

@@ -1,161 +1,89 @@
-"""A trained sequential model's parameters as those of a looped one (Bae et al. 2024, arXiv:2410.20672)."""
+"""One model's parameters as those of another: what conversions work on, and how they are called.
+
+A conversion is a component of kind `model.conversion`: options, and a function
+
+    (options, donor, params, target, fresh, *, seed) -> (parameters of the target, what was lost by name)
+
+where `donor` and `target` are `models.options.Model`, and parameters are `Flat`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from models import options
 from models.stack import Kind, order
-from strata import ConfigError
+from strata import ConfigError, registry
 
-INITIAL = ("stepwise", "average", "lower", "upper", "random")
 Path = tuple[Any, ...]
 Flat = dict[Path, np.ndarray]
+"""Parameters by path, as in `nnx.to_flat_state`; those of blocks are `("blocks", kind, ...)`, layers on the leading axis."""
 
 
-def sources(initial: str, layers: int, unique: int, seed: int = 0) -> list[list[int]]:
-    """The donor's layers that each unique layer is made from: one that is copied, or one a loop that are averaged.
-
-    Args:
-      initial: `stepwise` takes layers at equal steps, first and last included; `lower` the first ones; `upper` the last ones;
-        `random` a sorted draw; `average` the mean of those that the unique layer will stand for.
-      layers: of the donor, and executed ones of the looped model.
-      unique: layers of the looped model.
-      seed: of `random`.
-    """
-    if initial == "average":
-        return [list(range(k, layers, unique)) for k in range(unique)]
-    chosen = {
-        # Half rounds to even, as in the authors' code: 8.5 is layer 8.
-        "stepwise": np.round(np.linspace(0, layers - 1, unique)).astype(int),
-        "lower": np.arange(unique),
-        "upper": np.arange(layers - unique, layers),
-        "random": np.sort(np.random.default_rng(seed).choice(layers, unique, replace=False)),
-    }[initial]
-    return [[int(layer)] for layer in chosen]
-
-
-def looped(
-    donor: options.Model,
-    params: Flat,
-    target: options.Model,
-    fresh: Flat,
-    *,
-    initial: str = "stepwise",
-    adapters: str = "svd",
-    seed: int = 0,
+def convert(
+    option: Any, donor: options.Model, params: Flat, target: options.Model, fresh: Flat, *, seed: int = 0
 ) -> tuple[Flat, dict[str, float]]:
-    """Parameters of a looped model from those of a sequential one.
-
-    Shared matrices W' are copied or averaged, and with `adapters="svd"` each executed layer's low-rank matrix is the best one
-    of its rank for W - W', scaled so that the adapter's own factor does not matter. Parameters that executed layers own, such
-    as unshared norm gains and gates, are the donor's.
+    """Parameters of `target` from those of `donor`.
 
     Args:
-      donor, params: the sequential model's options and parameters by path, float32 arrays as in `nnx.to_flat_state`.
-      target, fresh: the looped model's options, and parameters of one newly built (for adapters that start at zero).
-      initial: see `sources`.
-      adapters: `svd`, or `zero` for adapters as they are newly built.
-      seed: of `initial="random"`.
+      option: of kind `model.conversion`.
+      donor, params: options and parameters of the model that is there.
+      target, fresh: options of the model to make, and parameters of one newly built.
+      seed: of whatever is drawn.
 
     Returns:
-      The looped model's parameters by path, and for each projection the part of the donor's matrices that is lost,
-      |W - W' - adapter| / |W| in Frobenius norm over all executed layers.
+      The parameters, each of the shape that it has in `fresh`; and what was lost by name, as the conversion counts it.
 
     Raises:
-      ConfigError: the two models cannot be matched, with every reason.
+      ConfigError: the two models cannot be matched, with every reason; or what was made is not what the model has.
     """
-    _check(donor, target, adapters)
-    unique, loops = target.unique_layers, target.depth.loops
-    old, wanted = _by_layer(donor, params), sources(initial, donor.layers, target.unique_layers, seed)
-    out = {path: np.array(value) for path, value in fresh.items()}
-    out |= {path: value for path, value in params.items() if path[0] != "blocks"}
-    lost = _Lost()
-    for k, (kind, index, count) in enumerate(_places(target)):
-        prefix = ("blocks", kind)
-        slots = [loop * count + index for loop in range(loops)]  # of the executed layers that this one stands for
-        for path in old[k]:
-            wholes = [old[loop * unique + k][path] for loop in range(loops)]
-            adapter = next((path[:i] for i in range(1, len(path)) if prefix + path[:i] + ("adapter", "down") in out), None)
-            home = prefix + (path if adapter is None else adapter + ("main",) + path[len(adapter) :])
-            if out[home].shape[0] != count:  # every executed layer has its own
-                for slot, whole in zip(slots, wholes, strict=True):
-                    out[home][slot] = whole
-                continue
-            out[home][index] = np.mean([old[source][path] for source in wanted[k]], axis=0, dtype=np.float64)
-            for slot, whole in zip(slots, wholes, strict=True):
-                rest = whole.astype(np.float64) - out[home][index]
-                if adapter is not None and path[-1] == "kernel":
-                    rest = rest - _adapt(out, prefix + adapter + ("adapter",), slot, rest, adapters, target)
-                if whole.ndim >= 2:
-                    lost.add(".".join(map(str, path)), rest, whole)
-    return out, lost.shares()
+    found, lost = registry.implementation(option)(option, donor, params, target, fresh, seed=seed)
+    wrong = [
+        f"{'.'.join(map(str, path))} is {_shape(found.get(path))}, and the model has {_shape(fresh.get(path))}"
+        for path in sorted(found.keys() | fresh.keys(), key=str)
+        if _shape(found.get(path)) != _shape(fresh.get(path))
+    ]
+    if wrong:
+        raise ConfigError(f"the conversion {option.name} does not make this model: " + "; ".join(wrong))
+    return found, lost
 
 
-class _Lost:
-    """Squared Frobenius norms of what is lost and of the whole, by parameter."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-
-    def add(self, name: str, rest: np.ndarray, whole: np.ndarray) -> None:
-        sums = self._sums.setdefault(name, [0.0, 0.0])
-        sums[0] += float(np.sum(rest**2))
-        sums[1] += float(np.sum(whole.astype(np.float64) ** 2))
-
-    def shares(self) -> dict[str, float]:
-        return {name: (rest / whole) ** 0.5 if whole else 0.0 for name, (rest, whole) in self._sums.items()}
+def _shape(value: np.ndarray | None) -> str:
+    return "absent" if value is None else str(list(np.shape(value)))
 
 
-def _adapt(out: Flat, prefix: Path, slot: int, residual: np.ndarray, adapters: str, target: options.Model) -> np.ndarray:
-    """Set one adapter; returns the matrix that it adds. `residual` is [in, out] in float64."""
-    down, up = prefix + ("down",), prefix + ("up",)
-    scale = target.depth.adapter_scale
-    if adapters == "svd":
-        left, sizes, right = np.linalg.svd(residual, full_matrices=False)
-        rank = out[down].shape[-1]
-        out[down][slot] = left[:, :rank]
-        out[up][slot] = sizes[:rank, None] * right[:rank] / scale
-    return scale * out[down][slot].astype(np.float64) @ out[up][slot].astype(np.float64)
-
-
-def _check(donor: options.Model, target: options.Model, adapters: str) -> None:
-    problems = []
-    if donor.depth.loops != 1:
-        problems.append(f"the donor is looped already ({donor.depth.loops} loops); only a sequential one can be converted")
-    if donor.layers != target.layers:
-        problems.append(f"the donor has {donor.layers} layers and the looped model executes {target.layers}")
-    for field in dataclasses.fields(donor):
-        ours, theirs = getattr(target, field.name), getattr(donor, field.name)
-        if field.name not in ("depth", "layers") and ours != theirs:
-            problems.append(f"model.{field.name} is {theirs!r} in the donor and {ours!r} in the looped model")
-    if not problems:
-        plan, unique = donor.plan(), target.unique_layers
-        for layer, kind in enumerate(plan):
-            if _bare(kind) != _bare(target.plan()[layer % unique]):
-                problems.append(f"layer {layer} of the donor is of another kind than layer {layer % unique}, its stand-in")
-    if adapters == "svd" and target.depth.adapter_rank and donor.linear.name != "dense":
-        problems.append(f"model.linear is {donor.linear.name}, whose branch no low-rank matrix replaces; take zero adapters")
-    if problems:
-        raise ConfigError("cannot be converted: " + "; ".join(problems))
-
-
-def _bare(model: options.Model) -> options.Model:
-    return dataclasses.replace(model, depth=options.SequentialDepth())
-
-
-def _places(model: options.Model) -> list[tuple[Kind, int, int]]:
+def places(model: options.Model) -> list[tuple[Kind, int, int]]:
     """Kind, index among its kind, and number of its kind, of every unique layer."""
     kinds = order(model.plan())
     return [(kind, kinds[:layer].count(kind), kinds.count(kind)) for layer, kind in enumerate(kinds)]
 
 
-def _by_layer(model: options.Model, params: Flat) -> list[Flat]:
-    """Parameters of each layer by their path within the block."""
+def by_layer(model: options.Model, params: Flat) -> list[Flat]:
+    """Parameters of each layer of a sequential model by their path within the block."""
     return [
         {path[2:]: value[index] for path, value in params.items() if path[:2] == ("blocks", kind)}
-        for kind, index, _ in _places(model)
+        for kind, index, _ in places(model)
     ]
+
+
+def from_layers(model: options.Model, layers: Sequence[Flat]) -> Flat:
+    """The inverse of `by_layer`: parameters of the blocks of a sequential model, and nothing beside them.
+
+    Raises:
+      ConfigError: there are not as many layers as the model has, or layers of one kind have other parameters or shapes.
+    """
+    if len(layers) != model.layers:
+        raise ConfigError(f"{len(layers)} layers are given for a model of {model.layers}")
+    stacks: dict[Path, list[np.ndarray]] = {}
+    counts: dict[Kind, int] = {}
+    for (kind, _, count), layer in zip(places(model), layers, strict=True):
+        counts[kind] = count
+        for path, value in layer.items():
+            stacks.setdefault(("blocks", kind, *path), []).append(value)
+    for path, values in stacks.items():
+        if len(values) != counts[path[1]] or len({value.shape for value in values}) > 1:
+            raise ConfigError(f"{'.'.join(map(str, path))}: layers of one kind have other parameters or shapes")
+    return {path: np.stack(values) for path, values in stacks.items()}

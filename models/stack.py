@@ -257,6 +257,13 @@ class Forward(NamedTuple):
     remat: str = "none"
     cut: int = 0  # layers below this one get no gradient, and no backward pass is made for them where they run in order
 
+    def checkpointed(self, body: Callable[..., Any], *, prevent_cse: bool = True) -> Callable[..., Any]:
+        """`body` with what `remat` names recomputed in its backward pass: nothing, all but plain products, or everything."""
+        if self.remat == "none":
+            return body
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
+
     def context(self, kind: Kind, layer: Any) -> Context:
         """The context of one executed layer, or under `jax.vmap` of each."""
         return Context(self.shared[kind], jnp.asarray(layer, jnp.int32), self.embedding)

@@ -1,17 +1,22 @@
-"""`python -m trainer.convert --run DIR --out DIR --loops B [--rank R]`: a sequential run as a looped one, ready to train on."""
+"""`python -m trainer.convert --run DIR --out DIR --loops B [--rank R]`: a sequential run as a looped one, ready to train on.
+
+`--to` names another conversion."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.evaluate import STEP_HELP, positive, step_or_name
+from trainer.evaluate import STEP_HELP, positive, read_part, step_or_name
 
 if TYPE_CHECKING:
     from trainer.options import Config
+
+FLAGS = ("loops", "rank", "initial", "adapters", "norms")  # of the conversion looped
 
 EPILOG = """\
 The new run directory is complete and stands at step 0: evaluate it, sample from it, or train it on with
@@ -23,43 +28,93 @@ Any field of its config can be changed here, such as --config.train.steps=300, o
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; prints what each projection lost, and one line of JSON."""
-    from models.conversion import INITIAL
+    """The command line; prints what was lost, and one line of JSON."""
+    from models.options import Looped
+    from strata.options import declaration
 
+    among = {field.name: declaration(field).among for field in dataclasses.fields(Looped)}
     parser = argparse.ArgumentParser(
         prog="python -m trainer.convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--run", required=True, help="run directory of the donor, a sequential model")
+    parser.add_argument("--run", required=True, help="run directory of the donor")
     parser.add_argument("--step", type=step_or_name, default=None, help=STEP_HELP)
     parser.add_argument("--out", required=True, help="run directory to make")
-    parser.add_argument("--loops", type=positive, default=2, help="times the blocks are run through (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, such as adapters that start at zero")
+    parser.add_argument(
+        "--to",
+        default="looped",
+        help="the conversion, a name or JSON with a name (default looped, which the flags\nbelow belong to); "
+        "the model that it makes is the donor's with --config.model... changed",
+    )
+    parser.add_argument("--loops", type=positive, default=None, help="times the blocks are run through (default 2)")
     parser.add_argument(
         "--rank", type=positive, default=None, help="of the low-rank matrix of each executed layer (default: none)"
     )
     parser.add_argument(
-        "--initial", choices=INITIAL, default=None, help="shared blocks: default average with --rank, else stepwise"
+        "--initial",
+        choices=among["initial"],
+        default=None,
+        help="shared blocks: default average with --rank, else stepwise",
     )
-    parser.add_argument("--adapters", choices=("svd", "zero"), default="svd", help="how low-rank matrices start (default svd)")
+    parser.add_argument("--adapters", choices=among["adapters"], default=None, help="how low-rank matrices start (default svd)")
     parser.add_argument(
         "--norms", choices=("shared", "own"), default=None, help="of executed layers: default own with --rank, else shared"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --initial random and of adapters that start at zero")
     arguments, rest = parser.parse_known_args(argv)
     changes = overrides(rest)
     from trainer import load
 
     donor = load(arguments.run, arguments.step)
     config, notes = converted_config(donor.directory, arguments, changes)
+    conversion = chosen(arguments, config)
     for note in notes:
         print(f"note: {note}")
-    lost, step = convert(donor, config, Path(arguments.out), vars(arguments))
+    lost, step = convert(donor, config, Path(arguments.out), conversion, arguments.seed)
     sizes = f"{config.model.layers} executed layers, {config.model.unique_layers} blocks"
     print(f"{arguments.out}: {sizes}, from {arguments.run} step {step}")
-    print("share of each kind of matrix that the looped model lacks, |W - W_eff| / |W|:")
+    if lost:
+        print("share of each kind of matrix that the new model lacks, |W - W_eff| / |W|:")
     for name, share in sorted(lost.items()):
         print(f"  {name:24} {share:.4f}")
     print(json.dumps({"run": arguments.out, "donor": arguments.run, "step": step, "lost": lost}))
     return 0
+
+
+def named(text: str) -> dict[str, Any]:
+    """`--to` as a dict. A name alone may be of a module that the config has yet to load; `chosen` refuses one that is not."""
+    return {"name": text} if text.isidentifier() else read_part(text, "model.conversion", "--to")
+
+
+def is_looped(arguments: argparse.Namespace) -> bool:
+    """Whether the model is made to loop, which has flags of its own. Raises `ConfigError` if another has them."""
+    from strata import ConfigError
+
+    if named(arguments.to).get("name") == "looped":
+        return True
+    given = [f"--{name}" for name in FLAGS if getattr(arguments, name) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)} belong to the conversion looped, and --to is {arguments.to}")
+    return False
+
+
+def chosen(arguments: argparse.Namespace, config: Config) -> Any:
+    """The conversion's options. Raises `ConfigError`, also where it cannot make the model of `config`."""
+    from strata import ConfigError, Problem, registry, resolve
+
+    tree = named(arguments.to)
+    if is_looped(arguments):
+        tree = {"initial": arguments.initial or ("average" if arguments.rank else "stepwise")} | tree
+        tree |= {"adapters": arguments.adapters} if arguments.adapters else {}
+    name = tree.pop("name", None)
+    if name not in registry.names("model.conversion"):
+        raise ConfigError(f"--to = {arguments.to!r}: registered are {', '.join(registry.names('model.conversion'))}")
+    option, found = resolve(registry.lookup("model.conversion", name), tree, "--to")
+    problems = found.problems
+    if not problems and hasattr(option, "problems_in"):
+        problems = [Problem(f"--to.{field}", message) for field, message in option.problems_in(config.model)]
+    if problems:
+        raise ConfigError(problems, "--to")
+    return option
 
 
 def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -78,35 +133,39 @@ def overrides(words: Sequence[str]) -> list[tuple[str, str]]:
 def converted_config(
     directory: Path, arguments: argparse.Namespace, changes: Sequence[tuple[str, str]]
 ) -> tuple[Config, list[str]]:
-    """The donor's config with another depth strategy and what the command line changes, and notes on what no longer applies.
+    """The donor's config, with loops where those are asked for and what the command line changes, and notes on what no longer
+    applies.
 
     Where the donor itself started, and what it was distilled from, are not taken over. Raises `ConfigError`.
     """
     from trainer import config as configuration
 
-    own = {"shared": "true", "own": "false"}[arguments.norms or ("own" if arguments.rank else "shared")]
-    depth = [
-        ("model.depth.name", "recursive"),
-        ("model.depth.loops", str(arguments.loops)),
-        ("model.depth.rank", str(arguments.rank or 0)),
-        ("model.depth.share_norms", own),
-    ]
+    depth = []
+    if is_looped(arguments):
+        own = {"shared": "true", "own": "false"}[arguments.norms or ("own" if arguments.rank else "shared")]
+        depth = [
+            ("model.depth.name", "recursive"),
+            ("model.depth.loops", str(arguments.loops or 2)),
+            ("model.depth.rank", str(arguments.rank or 0)),
+            ("model.depth.share_norms", own),
+        ]
     origin = [("init_from.run", "none"), ("init_from.convert", "none"), ("train.teacher.run", "none")]
     found = configuration.load(str(directory / "config.json"), [*origin, *depth, *changes])
     return found.config, found.notes
 
 
-def convert(donor: Any, config: Config, out: Path, how: dict[str, Any]) -> tuple[dict[str, float], int]:
-    """Write a run directory that stands at step 0 with the donor's weights in looped form.
+def convert(donor: Any, config: Config, out: Path, conversion: Any, seed: int = 0) -> tuple[dict[str, float], int]:
+    """Write a run directory that stands at step 0 with the donor's weights in another shape.
 
     Args:
       donor: a `trainer.Run`.
       config: of the new run.
       out: its directory, which must not hold a run.
-      how: `initial`, `adapters`, `seed` and `rank` as on the command line.
+      conversion: options of kind `model.conversion`.
+      seed: of whatever it draws.
 
     Returns:
-      What each kind of matrix lost, and the donor's step.
+      What was lost by name, and the donor's step.
 
     Raises:
       ConfigError: the directory holds a run, or the models do not match.
@@ -123,16 +182,10 @@ def convert(donor: Any, config: Config, out: Path, how: dict[str, Any]) -> tuple
 
     if (out / "config.json").exists():
         raise ConfigError(f"--out = {str(out)!r} holds a run already; give a new directory")
-    initial = how.get("initial") or ("average" if how.get("rank") else "stepwise")
     setup = assemble(config)
-    params, lost = converted_params(donor, setup, initial, how.get("adapters", "svd"), how.get("seed", 0))
-    record = {
-        "donor": str(donor.directory),
-        "step": donor.step,
-        "initial": initial,
-        "adapters": how.get("adapters", "svd"),
-        "lost": lost,
-    }
+    params, lost = converted_params(donor, setup, conversion, seed)
+    how = to_tree(conversion) | {"seed": seed}
+    record = {"donor": str(donor.directory), "step": donor.step, "conversion": how, "lost": lost}
     with RunDirectory(out) as directory, jax.set_mesh(setup.mesh):
         state = setup.initial_state(params)
         rows = setup.dataset.train(**setup.share(config.data.batch_size))
@@ -148,13 +201,14 @@ def convert(donor: Any, config: Config, out: Path, how: dict[str, Any]) -> tuple
     return lost, donor.step
 
 
-def converted_params(donor: Any, setup: Any, initial: str, adapters: str, seed: int) -> tuple[Any, dict[str, float]]:
-    """A sequential run's parameters as those of a looped model, laid out for it, and what each kind of matrix lost.
+def converted_params(donor: Any, setup: Any, conversion: Any, seed: int) -> tuple[Any, dict[str, float]]:
+    """A run's parameters as those of another model, laid out for it, and what was lost.
 
     Args:
       donor: a `trainer.Run`.
-      setup: of the looped model.
-      initial, adapters, seed: as in `models.conversion.looped`.
+      setup: of the new model.
+      conversion: options of kind `model.conversion`.
+      seed: of whatever it draws.
 
     Raises:
       ConfigError: the models do not match.
@@ -163,12 +217,12 @@ def converted_params(donor: Any, setup: Any, initial: str, adapters: str, seed: 
     import numpy as np
     from flax import nnx
 
-    from models.conversion import looped
+    from models.conversion import convert
 
     fresh = nnx.to_flat_state(nnx.state(nnx.merge(setup.graph, nnx.State(setup.initial_params()))))
     old, new = nnx.to_flat_state(nnx.state(donor.model)), setup.config.model
     arrays = [{path: np.asarray(value[...]) for path, value in flat} for flat in (old, fresh)]
-    found, lost = looped(donor.config.model, arrays[0], new, arrays[1], initial=initial, adapters=adapters, seed=seed)
+    found, lost = convert(conversion, donor.config.model, arrays[0], new, arrays[1], seed=seed)
     return jax.device_put(_nested(found), setup.shardings()), lost
 
 

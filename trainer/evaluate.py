@@ -146,16 +146,22 @@ def read_depth(text: str | None, run: Run, flag: str = "--depth") -> Any:
     if text is None:
         return None
     from models.transformer import depth_options
+
+    return depth_options(read_part(text, "model.depth", flag), run.model.options, flag)
+
+
+def read_part(text: str, kind: str, flag: str) -> dict[str, Any]:
+    """A component on the command line, JSON with a name or a name alone, as a dict. Raises `ConfigError`."""
     from strata import ConfigError, registry
 
-    names = registry.names("model.depth")
+    names = registry.names(kind)
     try:
-        depth = {"name": text} if text in names else json.loads(text)
+        part = {"name": text} if text in names else json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{flag} = {text!r} is not JSON ({error}), nor one of {', '.join(names)}") from None
-    if not isinstance(depth, dict):
-        raise ConfigError(f'{flag} = {text!r}: expected a dict with a name, such as \'{{"name": "sequential"}}\'')
-    return depth_options(depth, run.model.options, flag)
+    if not isinstance(part, dict):
+        raise ConfigError(f'{flag} = {text!r}: expected a dict with a name, such as \'{{"name": "{names[-1]}"}}\'')
+    return part
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ class Loop:
         source = self.config.init_from
         before = self.directory.read_json("init_from.json") or {}
         step = before["step"] if before.get("run") == source.run and source.step is None else source.step
-        if source.convert == "none":
+        if source.convert is None:
             params, step = runs.params_for(self.setup, Path(source.run), step)
         else:
             params, step = runs.converted_for(self.setup, Path(source.run), step)

@@ -18,23 +18,16 @@ class InitFrom:
 
     run: str | None = option(None, "run directory whose parameters are loaded before step 1; None: a fresh start")
     step: int | None = option(None, "its checkpoint step; None: the latest good one", least=0)
-    convert: str = option(
-        "none",
-        "from a sequential run to this looped model: how the shared blocks start, as in trainer.convert; none: parameters fit "
-        "as they are",
-        among=("none", "stepwise", "average", "lower", "upper", "random"),
-        added="0.2",
-    )
-    adapters: str = option(
-        "svd",
-        "with convert: low-rank matrices start at the truncated SVD of what sharing lost, or as newly built (zero)",
-        among=("svd", "zero"),
+    convert: object = part(
+        "model.conversion",
+        None,
+        "how another model's parameters become this one's, as in trainer.convert; absent: they fit as they are",
         added="0.2",
     )
 
     def problems(self) -> Problems:
         """There must be something to convert."""
-        if self.convert != "none" and self.run is None:
+        if self.convert is not None and self.run is None:
             yield "convert", "there is no run to convert: give init_from.run"
 
 
@@ -201,7 +194,8 @@ class Config:
             yield "evaluate.batch_size", f"does not divide over mesh.data x mesh.fsdp = {devices} devices"
         if self.log.profile and self.log.profile[0] > self.train.steps:
             yield "log.profile", f"starts after the last step, {self.train.steps}"
-        if self.init_from.convert != "none" and self.model.depth.loops == 1:
-            yield "init_from.convert", "makes a looped model, and model.depth runs every block once: give recursive with loops"
+        if self.init_from.convert is not None:
+            asked = getattr(self.init_from.convert, "problems_in", lambda model: ())(self.model)
+            yield from ((f"init_from.convert.{name}", message) for name, message in asked)
         for name, message in self.optimizer.problems_over(self.train.steps):
             yield f"optimizer.{name}", message

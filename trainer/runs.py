@@ -129,13 +129,13 @@ def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, in
 
 
 def converted_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int]:
-    """As `params_for`, from a sequential run for the looped model of `setup`, by `init_from.convert` and `adapters`."""
+    """As `params_for`, from a run of another model, converted for that of `setup` as `init_from.convert` says."""
     from trainer.convert import converted_params
 
     chosen = setup.config.init_from
     try:
         donor = load(directory, step)
-        params, _ = converted_params(donor, setup, chosen.convert, chosen.adapters, setup.config.seed)
+        params, _ = converted_params(donor, setup, chosen.convert, setup.config.seed)
     except StrataError as error:
         raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
     return params, donor.step

@@ -64,15 +64,22 @@ def hyper_connected(results: jax.Array, inputs: jax.Array, matrices: jax.Array) 
     return along_depth(results, inputs, apply, matrices)
 
 
-def diagonal(
-    results: jax.Array, inputs: jax.Array, probed: jax.Array, signs: jax.Array, length: float, limit: float
-) -> jax.Array:
-    """DiagN: A_j = diag(z * (f_j(h + e z) - f_j(h)) / e), clipped and held; z are random signs, e the probe's length.
+def probed(inputs: jax.Array, signs: jax.Array, length: float) -> jax.Array:
+    """`inputs` [N, ..., width] moved by `length` of their own root mean square over the width, along `signs`."""
+    wide = inputs.astype(jnp.float32)
+    size = jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True))
+    return (wide + length * size * signs).astype(inputs.dtype)
+
+
+def diagonal(results: jax.Array, inputs: jax.Array, results_probed: jax.Array, probed: jax.Array, limit: float) -> jax.Array:
+    """DiagN: A_j = diag((f_j(h + d) - f_j(h)) / d) for a small d of random signs, clipped to +-limit and held.
 
     A finite difference, as in the released code, and not a product with the transposed Jacobian: that would let a
-    position depend on later ones.
+    position depend on later ones. It is divided by the step that was taken, rounding included; where rounding left none, 0.
     """
-    slope = signs * (probed.astype(jnp.float32) - results.astype(jnp.float32)) / length
+    step = probed.astype(jnp.float32) - inputs.astype(jnp.float32)
+    change = results_probed.astype(jnp.float32) - results.astype(jnp.float32)
+    slope = jnp.where(step == 0, 0.0, change / jnp.where(step == 0, 1.0, step))
     slope = jax.lax.stop_gradient(jnp.clip(slope, -limit, limit))
     return along_depth(results, inputs, lambda d, x: d * x, slope)
 

@@ -93,8 +93,8 @@ class LayerParallel:
             # packed, padded or alone in a decoding step, must not change what becomes of it. The probe moves all tokens of a
             # call, so that the slope has what earlier ones do in it.
             signs = jax.random.rademacher(jax.random.key(0), inputs.shape[3:], jnp.float32)[None, None, None]
-            probed = layers.every((inputs + option.probe * signs).astype(inputs.dtype))[0]
-            return corrections.diagonal(results, inputs, probed, signs, option.probe, option.probe_limit)
+            probed = corrections.probed(inputs, signs, option.probe_length(inputs.dtype))
+            return corrections.diagonal(results, inputs, layers.every(probed)[0], probed, option.probe_limit)
         return corrections.exact(layers.one, results, inputs)
 
     def layers(self, suffix: Suffix) -> Layers:

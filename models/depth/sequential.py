@@ -85,11 +85,7 @@ def _run(
             kept.append(h)
         return h, (jnp.stack(kept) if every else None)
 
-    if forward.remat == "full":
-        body = jax.checkpoint(body, prevent_cse=written_out)
-    elif forward.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, prevent_cse=written_out, policy=policy)
+    body = forward.checkpointed(body, prevent_cse=written_out)
     numbers = span.layer + period * jnp.arange(span.repeats, dtype=jnp.int32)
     if not written_out:
         h, kept = jax.lax.scan(body, h, (by_repeat(span, stack.states(span)), numbers))

@@ -93,6 +93,5 @@ class Suffix:
         def layer(state: Any, number: jax.Array, *own: Any) -> Any:
             return call(self.stack.block(kind, state), self.forward.context(kind, number), *own)
 
-        if self.forward.remat != "none":
-            layer = jax.checkpoint(layer)
+        layer = self.forward.checkpointed(layer)
         return jax.vmap(layer)(self.stack.gather(kind, [self.places[i] for i in members]), numbers, *inputs)

@@ -58,7 +58,8 @@ class LinearMixer(nnx.Module):
         self.rows, self.columns = option.state(model)
         for site, shape in option.projections(model).items():
             axes = ("heads", "embed") if site == "out" else ("embed", AXES[site])
-            setattr(self, site, projection(model, site, axes, shape, rngs=rngs))
+            # A gate of the feed-forward layer has the same name, and placements may start the two differently.
+            setattr(self, site, projection(model, "output_gate" if site == "gate" else site, axes, shape, rngs=rngs))
         for site in INPUTS if self.taps else ():
             convolution = ShortConvolution(
                 self._channels(site),

@@ -12,6 +12,7 @@ Each module holds one kind. What an options class may define beside its fields, 
 | `flops(model, length)` | mixer | training FLOPs a token and layer beside its projections: `(all scores, causal ones)` |
 """
 
+from models.options.conversions import Looped
 from models.options.depths import LayerParallelDepth, RecursiveDepth, SequentialDepth
 from models.options.ffns import GELU, SquaredReLU, SwiGLU
 from models.options.linear_mixers import (
@@ -63,6 +64,7 @@ __all__ = [
     "Lightning",
     "LinearAttention",
     "LoRA",
+    "Looped",
     "MixLN",
     "Model",
     "NOBLE",

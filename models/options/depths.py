@@ -186,7 +186,12 @@ class LayerParallelDepth(_Depth):
         among=("prefix", "batched"),
     )
     damping: float = option(0.1, "kappa of correction=damped", least=0, most=1)
-    probe: float = option(1e-2, "correction=diagonal: length of the finite difference along a random sign vector", above=0)
+    probe: float | None = option(
+        None,
+        "correction=diagonal: length of the finite difference along a random sign vector, in units of a token's root mean "
+        "square (ours: the released 0.01 is absolute); None: 0.01 in float32, 0.1 in narrower types, whose rounding hides less",
+        above=0,
+    )
     probe_limit: float = option(2.0, "correction=diagonal: the estimate is clipped to this size", above=0)
     fused: int = option(1, "layers merged into one wide block that reads one input; sweeps run over such chunks", least=1)
     forward: str = option(
@@ -240,6 +245,10 @@ class LayerParallelDepth(_Depth):
             taken = dict.fromkeys(self.suffixes or (self.layers,), sweep)
         return tuple(1 + sum(times for count, times in taken.items() if layer >= layers - count) for layer in range(layers))
 
+    def probe_length(self, dtype: Any) -> float:
+        """`probe`, derived from the compute type when not given."""
+        return self.probe or (0.01 if dtype == "float32" else 0.1)
+
     @property
     def compares_last_block(self) -> bool:
         """Whether the regulariser evaluates the last block alone, and no sweep."""
@@ -257,6 +266,8 @@ class LayerParallelDepth(_Depth):
             yield "fused", f"chunks of {self.fused} do not divide the {self.layers} layers of the suffix"
         if self.fused > 1 and self.correction in ("diagonal", "exact"):
             yield "correction", f"{self.correction} is defined for single blocks; use fused = 1"
+        if self.form == "paper" and (self.stride or self.correction != "identity"):
+            yield "form", "tells two readings of stride = 0 with correction = 'identity' apart, and this is neither"
         if self.regularizer and self.forward == "parallel":
             yield "regularizer", "compares a sweep with the sequential states, so it needs forward = 'sequential'"
 
@@ -265,7 +276,8 @@ class LayerParallelDepth(_Depth):
         for field, lengths in (("layers", (self.layers,)), ("suffixes", self.suffixes)):
             if max(lengths, default=0) > model.layers:
                 yield field, f"a suffix of {max(lengths)} layers is longer than the stack of {model.layers}"
-        kinds = {layer.placement for layer in model.plan()}
+        plan, longest = model.plan(), min(model.layers, max((self.layers, *self.suffixes)))
+        kinds = {plan[layer % len(plan)].placement for layer in range(model.layers - longest, model.layers)}
         if self.correction == "hcn" and any(kind.transport != "matrix" for kind in kinds):
             yield "correction", "hcn corrects along residual streams; model.placement.name = 'mhc' has them, others do not"
         if self.correction == "scaled" and any(kind.transport != "scale" for kind in kinds):

@@ -35,8 +35,8 @@ class LoRA:
 class NOBLE:
     """A dense layer with a permanent nonlinear low-rank branch, `x W + act(x W_down) W_up` (arXiv:2603.06492).
 
-    The defaults are the paper's, as two independent ports report them; `initial="repository"` and `rates="repository"` are
-    the released code's, which differ (see docs/noble.md).
+    The defaults are the paper's, as two independent ports report them, but for the scale of W_down, which only the code
+    states; `initial="repository"` and `rates="repository"` are the released code's, which differ (see docs/noble.md).
     """
 
     rank: int = option(64, "units r of the branch, below both sides of every matrix; 0: no branch, a control", least=0)

@@ -98,7 +98,8 @@ class Model:
         """Initial standard deviation of a projection's kernel; call it on `at(layer)`.
 
         Args:
-          site: `"out"` and `"down"` write to the stream; any other name is an inner projection.
+          site: `"out"` and `"down"` write to the stream; any other name is an inner projection. The gate of what a mixer
+            reads out is `"output_gate"`.
           units_in: its rows.
         """
         gain = self.init_scale * self.placement.gain(site, self.layers)
@@ -120,6 +121,8 @@ class Model:
         seen = set()
         for layer in (self, *dict.fromkeys(self.plan())):
             for name in PARTS:
+                if name == "depth" and layer is not self:  # a strategy is of all layers
+                    continue
                 chosen = getattr(layer, name)
                 for field, message in chosen.problems_in(layer) if hasattr(chosen, "problems_in") else ():
                     # A part that stands for others in some layers has no such field: it is shown as a whole.

@@ -82,8 +82,11 @@ class MixLN(_Placement):
             known = registry.names("model.placement")
             if name == "parallel":
                 yield field, "Mix-LN moves the norms of two sub-layers, and a parallel block has one norm for both"
+            elif name == "peri":
+                yield field, "peri also normalises the embedding, which is no layer's; take sandwich, which has its sub-layers"
             elif name not in known or name == "mix":
-                yield field, f"expected a placement, one of {', '.join(n for n in known if n not in ('mix', 'parallel'))}"
+                fitting = [n for n in known if n not in ("mix", "parallel", "peri")]
+                yield field, f"expected a placement, one of {', '.join(fitting)}"
             elif getattr(registry.lookup("model.placement", name), "streams", None) is not None:
                 yield field, f"{name} has several residual streams and cannot be mixed with a placement of one"
 
@@ -115,7 +118,8 @@ class PeriLN(_Placement):
 class DeepNorm(_Placement):
     """`norm(a h + f(h))` with a = (2 L)^(1/4), no final norm (Wang et al. 2022, arXiv:2203.00555).
 
-    Values, outputs and feed-forward matrices start smaller by (8 L)^(-1/4). (The baseline in Mix-LN's released code has
+    Values, outputs and feed-forward matrices start smaller by (8 L)^(-1/4); the output gate of a linear mixer, which the paper
+    does not have, like queries and keys does not. (The baseline in Mix-LN's released code has
     a = 2.828 at every depth and multiplies by (8 L)^(+1/4): not this.)
     """
 
@@ -126,7 +130,7 @@ class DeepNorm(_Placement):
 
     def gain(self, site: str, layers: int) -> float:
         """(8 L)^(-1/4) for values, outputs and the feed-forward layer."""
-        return 1.0 if site in ("query", "key") else (8 * layers) ** -0.25
+        return 1.0 if site in ("query", "key", "output_gate") else (8 * layers) ** -0.25
 
 
 @register("model.placement", "lns", implementation="models.placements.norms:LayerNormScaling")
@@ -165,7 +169,9 @@ class NoNorm(_Placement):
 class Blend(_Placement):
     """Pre-norm over `a_l h + b_l e`, learned scalars and the embedding e: the residual scales of nanochat.
 
-    The model of the SNLP paper (arXiv:2605.17842). Both scalars start on a line from the first layer to the last.
+    Both scalars start on a line from the first layer to the last. The SNLP paper (arXiv:2605.17842) trains models with such
+    scales; the rest of them (embeddings normalised and smeared, value embeddings, a back-out of the middle state, norms without
+    gains) is not here: e is the embedding as it is.
     """
 
     stream_first: float = option(1.15, "initial a of the first layer")

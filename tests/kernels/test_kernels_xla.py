@@ -157,7 +157,7 @@ def test_a_sharded_batch_and_sharded_heads_need_no_gathering():
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     program = "import importlib.util as u, sys; s = u.spec_from_file_location('t', sys.argv[1]); m = u.module_from_spec(s);"
     program += " s.loader.exec_module(m); m.on_a_mesh()"

@@ -7,8 +7,11 @@ import pytest
 from flax import nnx
 
 import models
+from models import options as parts
 from models.construct import resolve_model
-from models.conversion import looped, sources
+from models.conversion import by_layer, from_layers
+from models.conversion import convert as converted
+from models.looped import sources
 from strata import ConfigError
 
 
@@ -28,7 +31,8 @@ def convert(config, awake):
     def make(donor, initial="stepwise", adapters="svd", **depth):
         target = nnx_tree(donor) | {"depth": {"name": "recursive", **depth}}
         fresh = models.build(target, vocab_size=11, seed=1)
-        new, lost = looped(donor.options, flat(donor), resolve_model(target), flat(fresh), initial=initial, adapters=adapters)
+        option = parts.Looped(initial=initial, adapters=adapters)
+        new, lost = converted(option, donor.options, flat(donor), resolve_model(target), flat(fresh))
         return with_params(fresh, new), lost
 
     return make
@@ -142,7 +146,7 @@ def test_models_that_do_not_match_are_refused_with_the_reason(config, awake, cha
     donor = awake(config(layers=4))
     target = resolve_model(config(layers=4) | change | {"depth": {"name": "recursive", "loops": 2}})
     with pytest.raises(ConfigError, match=sentence):
-        looped(donor.options, flat(donor), target, {})
+        converted(parts.Looped(), donor.options, flat(donor), target, {})
 
 
 def test_other_kinds_of_donor_are_refused(config):
@@ -151,10 +155,45 @@ def test_other_kinds_of_donor_are_refused(config):
 
     loop = {"name": "recursive", "loops": 2}
     with pytest.raises(ConfigError, match="looped already"):
-        looped(options(depth=loop), {}, options(depth=loop), {})
+        converted(parts.Looped(), options(depth=loop), {}, options(depth=loop), {})
     with pytest.raises(ConfigError, match="take zero adapters"):
         noble = {"name": "noble", "rank": 2}
-        looped(options(linear=noble), {}, options(linear=noble, depth=loop | {"rank": 2}), {})
+        converted(parts.Looped(), options(linear=noble), {}, options(linear=noble, depth=loop | {"rank": 2}), {})
     mixed = {"name": "mix", "alpha": 0.5}
     with pytest.raises(ConfigError, match="layer 1 of the donor is of another kind than layer 1"):
-        looped(options(placement=mixed), {}, options(placement=mixed, depth=loop), {})
+        converted(parts.Looped(), options(placement=mixed), {}, options(placement=mixed, depth=loop), {})
+
+
+@pytest.mark.parametrize("initial", ["stepwise", "random", "upper"])
+@pytest.mark.parametrize("pattern", [WINDOWS["pattern"], [{"name": "gla"}, {"name": "attention"}]], ids=["windows", "mixers"])
+def test_a_block_never_starts_from_a_layer_of_another_kind(config, awake, run, tokens, convert, pattern, initial):
+    donor, rows = awake(config(layers=8, mixer={"name": "hybrid", "pattern": pattern})), tokens(2, 8)
+    plan = [layer.mixer for layer in donor.options.plan()]
+    fits = all(plan[source] == plan[k] for k, (source,) in enumerate(sources(initial, 8, 4)))
+    if fits:  # the last layers of an even pattern
+        model, _ = convert(donor, initial, loops=2, rank=16, share_norms=False)
+        expected = run(donor, rows)
+        np.testing.assert_allclose(run(model, rows), expected, atol=1e-4 * np.abs(expected).max())
+    else:
+        with pytest.raises(ConfigError, match=rf"initial = '{initial}': block \d would start from layer \d .* of another kind"):
+            convert(donor, initial, loops=2)
+    assert fits == (initial == "upper")
+
+
+def test_layers_apart_and_together_again_are_the_blocks(config, awake):
+    model = awake(config(layers=5, mixer=WINDOWS))
+    params = flat(model)
+    again = from_layers(model.options, by_layer(model.options, params))
+    assert again.keys() == {path for path in params if path[0] == "blocks"}
+    assert all(np.array_equal(again[path], params[path]) for path in again)
+    with pytest.raises(ConfigError, match="4 layers are given for a model of 5"):
+        from_layers(model.options, by_layer(model.options, params)[:4])
+
+
+def test_a_conversion_that_makes_other_parameters_is_refused(config, awake, monkeypatch):
+    donor = awake(config(layers=4))
+    monkeypatch.setattr("models.looped.looped", lambda option, donor, params, target, fresh, seed: (params, {}))
+    target = resolve_model(config(layers=6))
+    fresh = flat(models.build(config(layers=6), vocab_size=11, seed=1))
+    with pytest.raises(ConfigError, match=r"blocks.block0.ffn.down.kernel is \[4, .*and the model has \[6, "):
+        converted(parts.Looped(), donor.options, flat(donor), target, fresh)

@@ -138,7 +138,8 @@ class Loop:
                 moved = np.einsum("ij,btjd->btid" if matrix.ndim == 2 else "btij,btjd->btid", matrix, moved)
             elif correction == "diagonal":
                 z = np.asarray(jax.random.rademacher(jax.random.key(0), entered.shape[2:], jnp.float32))
-                moved = np.clip(z * (self.layer(first + j, entered + 1e-2 * z)[0] - out) / 1e-2, -2, 2) * moved
+                step = 1e-2 * np.sqrt(np.mean(entered**2, axis=-1, keepdims=True)) * z
+                moved = np.clip((self.layer(first + j, entered + step)[0] - out) / step, -2, 2) * moved
             elif correction == "exact":
                 moved = self.tangent(first + j, entered, moved)
             before = out + moved

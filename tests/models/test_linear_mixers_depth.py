@@ -147,7 +147,7 @@ def test_every_mixer_is_the_same_over_a_mesh(what):
     here = Path(__file__).resolve()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(here.parents[2]),
     }
     done = subprocess.run([sys.executable, str(here), what], env=environment, capture_output=True, text=True)

@@ -55,9 +55,14 @@ REFUSED = {
         "which post-norm and parallel blocks lack",
     ),
     "fused blocks, some of them post-norm": (
-        parallel(layers=4, fused=2) | {"placement": {"name": "mix"}},
+        parallel(layers=6, fused=2) | {"placement": {"name": "mix"}},
         "depth.fused",
         "which post-norm and parallel blocks lack",
+    ),
+    "a form of the regulariser that is not used": (
+        parallel(layers=2, stride=1, form="paper", forward="sequential", regularizer=0.1),
+        "depth.form",
+        "this is neither",
     ),
     "a regulariser of the parallel forward pass": (
         parallel(layers=2, regularizer=0.1),
@@ -109,6 +114,11 @@ REFUSED = {
         "placement.first",
         "a parallel block has one norm for both",
     ),
+    "Mix-LN of a norm that no layer has": (
+        {"placement": {"name": "mix", "rest": "peri"}},
+        "placement.rest",
+        "take sandwich",
+    ),
     "Mix-LN of streams": ({"placement": {"name": "mix", "rest": "mhc"}}, "placement.rest", "several residual streams"),
     "Mix-LN of Mix-LN": ({"placement": {"name": "mix", "first": "mix"}}, "placement.first", "expected a placement"),
     "Mix-LN of what does not exist": (
@@ -150,6 +160,7 @@ ACCEPTED = {
     "a control without branch": {"linear": {"name": "noble", "rank": 0}},
     "sandwich after post": {"placement": {"name": "mix", "rest": "sandwich"}},
     "HCN over streams": parallel(layers=2, correction="hcn") | {"placement": {"name": "mhc"}},
+    "fused pre-norm blocks after post-norm ones": parallel(layers=4, fused=2) | {"placement": {"name": "mix"}},
     "fused streams": parallel(layers=4, fused=2, correction="hcn") | {"placement": {"name": "mhc"}},
 }
 

@@ -112,7 +112,7 @@ def test_initial_parameters_and_every_depth_are_the_same_on_every_mesh():
     here = Path(__file__).resolve()
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(here.parents[2]),
     }

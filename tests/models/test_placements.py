@@ -358,9 +358,9 @@ def test_deepnorm_starts_values_outputs_and_feed_forward_smaller_and_queries_and
     plain = options.Model(layers=6, placement=options.PostNorm(), output_init="normal")
     deep = options.Model(layers=6, placement=options.DeepNorm(), output_init="normal")
     gain = (8 * 6) ** -0.25
-    for site in ("query", "key", "value", "out", "gate", "up", "down"):
+    for site in ("query", "key", "value", "out", "output_gate", "gate", "up", "down"):
         ratio = deep.initial_std(site, 128) / plain.initial_std(site, 128)
-        assert ratio == pytest.approx(1.0 if site in ("query", "key") else gain), site
+        assert ratio == pytest.approx(1.0 if site in ("query", "key", "output_gate") else gain), site
     assert models.abstract(config(placement={"name": "deepnorm"}), vocab_size=11).final_norm is None
 
 

@@ -66,7 +66,7 @@ def test_sharded_updates_equal_those_of_one_device():
     path = os.pathsep.join([str(here.parents[2]), str(here.parent)])
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": path,
     }
     done = subprocess.run([sys.executable, str(here)], env=environment, capture_output=True, text=True)

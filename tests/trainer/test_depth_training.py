@@ -120,11 +120,11 @@ def test_a_run_can_convert_its_donor_itself(donor, tmp_path):
     convert.main(["--run", str(donor), "--out", str(tmp_path / "two"), "--loops", "2", "--rank", "4", "--config.train.steps=3"])
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     trainer.train(config, tmp_path / "two")
-    config["init_from"] = {"run": str(donor), "convert": "average"}
+    config["init_from"] = {"run": str(donor), "convert": {"name": "looped", "initial": "average"}}
     trainer.train(config, tmp_path / "one")
     assert without_timing(tmp_path / "one") == without_timing(tmp_path / "two")
     for changes, sentence in [
-        ({"init_from": {"convert": "average"}}, "there is no run to convert"),
+        ({"init_from": {"convert": {"name": "looped"}}}, "there is no run to convert"),
         ({"model": config["model"] | {"depth": {"name": "sequential"}}}, "model.depth runs every block once"),
         ({"model": config["model"] | {"width": 32}}, "model.width is 16 in the donor and 32"),
     ]:
@@ -141,6 +141,9 @@ def test_conversion_refuses_with_the_reason_and_leaves_nothing(donor, tmp_path):
         (("--loops", "2", "--rank", "99"), "no matrix of the blocks has rank 99"),
         (("--loops", "2", "--config.model.width=32"), "model.width is 16 in the donor and 32"),
         (("--loops", "2", "--lops=3"), "unknown argument '--lops=3'"),
+        (("--to", "lopped"), "registered are looped"),
+        (("--to", '{"name": "lopped"}'), "registered are looped"),
+        (("--to", '{"name": "looped", "initial": "first"}'), "--to.initial"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             converted(*arguments)

@@ -532,7 +532,7 @@ print(json.dumps(rows))
 @pytest.mark.slow
 def test_every_mesh_measures_the_same(tiny, root):
     config = tiny(model__output_init="normal", model__head_std=0.3, diagnostics__sequences=3)  # 3 do not divide over a mesh
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", MESHES, json.dumps(config)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
