@@ -12,9 +12,10 @@ Each module holds one kind. What an options class may define beside its fields, 
 | `flops(model, length)` | mixer | training FLOPs a token and layer beside its projections: `(all scores, causal ones)` |
 """
 
+from models.options.activations import GELUActivation, SiLU, SquaredReLUActivation
 from models.options.conversions import Looped
 from models.options.depths import LayerParallelDepth, RecursiveDepth, SequentialDepth
-from models.options.ffns import GELU, SquaredReLU, SwiGLU
+from models.options.ffns import GELU, GLU, MLP, SquaredReLU, SwiGLU
 from models.options.linear_mixers import (
     GLA,
     KDA,
@@ -52,7 +53,9 @@ __all__ = [
     "Dense",
     "DyT",
     "GELU",
+    "GELUActivation",
     "GLA",
+    "GLU",
     "GatedDeltaNet",
     "Hybrid",
     "HyperConnections",
@@ -65,6 +68,7 @@ __all__ = [
     "LinearAttention",
     "LoRA",
     "Looped",
+    "MLP",
     "MixLN",
     "Model",
     "NOBLE",
@@ -78,7 +82,9 @@ __all__ = [
     "Retention",
     "Sandwich",
     "SequentialDepth",
+    "SiLU",
     "SimpleGLA",
     "SquaredReLU",
+    "SquaredReLUActivation",
     "SwiGLU",
 ]

@@ -1,20 +1,18 @@
-"""Position-wise feed-forward layers."""
+"""Position-wise feed-forward layers, plain and gated, with any activation; the common ones have names of their own."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from strata import option, options, register
+from models.options.activations import GELUActivation, SiLU, SquaredReLUActivation
+from strata import option, options, part, register
 
 if TYPE_CHECKING:
     from models.options.model import Model
 
 
-@register("model.ffn", "swiglu", implementation="models.layers.ffn:SwiGLU")
 @options
-class SwiGLU:
-    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
-
+class _Gated:
     hidden: int | None = option(None, "hidden units; None: 8/3 of the width, rounded up to a multiple of 16", least=1)
 
     def units(self, model: Model) -> int:
@@ -41,13 +39,41 @@ class _Plain:
         return {"up": (model.width, hidden), "down": (hidden, model.width)}
 
 
-@register("model.ffn", "relu2", implementation="models.layers.ffn:SquaredReLU")
+@register("model.ffn", "glu", implementation="models.layers.ffn:GLU")
+@options
+class GLU(_Gated):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
+
+    activation: object = part("model.activation", "silu", "of the gate")
+
+
+@register("model.ffn", "swiglu", implementation="models.layers.ffn:GLU")
+@options
+class SwiGLU(_Gated):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
+
+    activation = SiLU()
+
+
+@register("model.ffn", "mlp", implementation="models.layers.ffn:MLP")
+@options
+class MLP(_Plain):
+    """`down(act(up(x)))` (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    activation: object = part("model.activation", "gelu", "of the hidden units")
+
+
+@register("model.ffn", "relu2", implementation="models.layers.ffn:MLP")
 @options
 class SquaredReLU(_Plain):
     """`down(relu(up(x))**2)` (So et al. 2021, Primer, arXiv:2109.08668)."""
 
+    activation = SquaredReLUActivation()
 
-@register("model.ffn", "gelu", implementation="models.layers.ffn:GELU")
+
+@register("model.ffn", "gelu", implementation="models.layers.ffn:MLP")
 @options
 class GELU(_Plain):
     """`down(gelu(up(x)))` with the tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+
+    activation = GELUActivation()

@@ -10,8 +10,10 @@ from flax import nnx
 
 import models
 from models import options
+from models.layers.parameter import parameter
 from models.placements.placement import Context
-from strata import implementation
+from strata import implementation, register, registry
+from strata import options as parts
 
 # Written apart from the package, from the papers.
 
@@ -107,20 +109,49 @@ def test_the_norm_of_zeros_is_zero_with_a_finite_gradient():
         assert float(value) == 0 and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["swiglu", "relu2", "gelu"])
+FORMULAS = {
+    "swiglu": ({}, lambda gate, up: silu(gate) * up),
+    "glu": ({"activation": {"name": "relu2"}}, lambda gate, up: np.maximum(gate, 0) ** 2 * up),
+    "relu2": ({}, lambda gate, up: np.maximum(up, 0) ** 2),
+    "gelu": ({}, lambda gate, up: gelu_tanh(up)),
+    "mlp": ({"activation": {"name": "silu"}}, lambda gate, up: silu(up)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
 def test_a_feed_forward_layer_is_its_formula(config, awake, params, name):
-    model = awake(config(layers=1, ffn={"name": name, "hidden": 20}))
+    fields, formula = FORMULAS[name]
+    model = awake(config(layers=1, ffn={"name": name, "hidden": 20, **fields}))
     p = {path.split("ffn.")[1]: np.asarray(v[0], np.float64) for path, v in params(model).items() if ".ffn." in path}
     graph, state = nnx.split(model.blocks["block0"].ffn)
     ffn = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
     x = np.random.default_rng(0).standard_normal((2, 3, 16))
-    up = x @ p["up.kernel"]
-    hidden = {
-        "swiglu": lambda: silu(x @ p["gate.kernel"]) * up,
-        "relu2": lambda: np.maximum(up, 0) ** 2,
-        "gelu": lambda: gelu_tanh(up),
-    }[name]()
+    hidden = formula(x @ p["gate.kernel"] if "gate.kernel" in p else None, x @ p["up.kernel"])
     np.testing.assert_allclose(ffn(jnp.asarray(x, jnp.float32)), hidden @ p["down.kernel"], atol=2e-5)
+
+
+class Slope(nnx.Module):
+    """An activation with a learned slope for each unit."""
+
+    def __init__(self, option, units, *, axis, rngs):
+        self.slope = parameter(rngs, (units,), nnx.initializers.constant(0.5), role="vector", axes=(axis,))
+
+    def __call__(self, x):
+        return jnp.maximum(x, 0) + jnp.minimum(x, 0) * self.slope[...].astype(x.dtype)[None, None]
+
+
+@parts
+class SlopeOptions:
+    """Registered for one test."""
+
+
+def test_an_activation_may_have_parameters_of_its_own(config, run, tokens, monkeypatch):
+    monkeypatch.setitem(registry._components, "model.activation", dict(registry._components["model.activation"]))
+    register("model.activation", "slope", implementation=f"{__name__}:Slope")(SlopeOptions)
+    ffn = {"name": "mlp", "hidden": 20, "activation": {"name": "slope"}}
+    model = models.build(config(layers=3, ffn=ffn), vocab_size=11, seed=0)
+    assert model.blocks["block0"].ffn.activation.slope.shape == (3, 20)
+    assert run(model, tokens(2, 5)).shape == (2, 5, 11)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("swiglu", 352), ("relu2", 512), ("gelu", 512)])

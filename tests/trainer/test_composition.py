@@ -42,7 +42,7 @@ CHOICES = {
     "depth": registry.names("model.depth"),
     "norm": registry.names("model.norm"),
     "linear": registry.names("model.linear"),
-    "ffn": registry.names("model.ffn"),
+    "ffn": [name for name in registry.names("model.ffn") if name not in ("glu", "mlp")],  # which the named ones are
 }
 
 
