@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kernels
+from kernels.ops import GATES
 
 TAME = (("random", "mixed", "random"), ("correlated", "mild", "one"), ("identical", "-20", "two"))
 TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (5e-3, 8e-3), "float16": (5e-4, 1e-3)}
@@ -101,6 +102,21 @@ def test_vmap_scan_and_remat_change_nothing(problem, float64):
     for other in (by_row, scanned):
         found = jax.jit(jax.value_and_grad(other))(inputs)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12 * np.abs(y).max()), found, expected)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_remat_changes_no_gradient(problem, float64, op):
+    given = problem(op, 9)
+    inputs = (given.arrays, given.gates, given.state)
+
+    def objective(inputs):
+        arrays, gates, state = inputs
+        o, final = given.call(arrays, gates, initial_state=state, chunk_size=4)
+        return jnp.sum(jnp.sin(o)) + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(final))
+
+    expected = jax.jit(jax.grad(objective))(inputs)
+    found = jax.jit(jax.grad(jax.checkpoint(objective)))(inputs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12 * np.abs(y).max()), found, expected)
 
 
 def test_segments_are_sequences_of_their_own(problem, float64):
