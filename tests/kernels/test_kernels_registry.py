@@ -65,6 +65,7 @@ def test_explain_refuses_ops_and_options_that_there_are_not():
 def test_explain_answers_for_the_call_that_lightnet_makes():
     q, v = (jax.ShapeDtypeStruct(x.shape, jnp.float16) for x in (Q, V))
     assert kernels.explain("lightnet", q, q, v, backend="tpu", interpret=True).backend == "tpu"
+    assert kernels.explain("lightnet", q, q, v, g=jax.ShapeDtypeStruct((2, 8, 4, 4), jnp.float32)).backend == "xla"
     o, _ = kernels.lightnet(*zeros(q, q, v), backend="tpu", interpret=True)
     assert o.dtype == jnp.float16
 
