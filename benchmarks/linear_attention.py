@@ -1,12 +1,15 @@
 """Linear attention: the chunked back-end against the recurrence, against jax-linear-attention, and against itself.
 
     python -m benchmarks.linear_attention                    # speed, cost by length
+    python -m benchmarks.linear_attention --gpu_shapes --dtype bfloat16    # the four shapes of the comparison with fla
     python -m benchmarks.linear_attention --chunks 16 32 64  # which chunk size
     python -m benchmarks.linear_attention --inverse          # the study of triangular inversion: errors only
 
 Contestants run in one process in short alternating segments, forward and forward + backward (gradients of a sum of
-squares with respect to all inputs), float32. The ratio of times is taken within each round. jax-linear-attention's chunked
-tier (`jla`) takes part where it is installed; it needs jax 0.11.2.
+squares with respect to all inputs). The ratio of times is taken within each round. The Pallas back-ends take part where they
+serve the call; jax-linear-attention's chunked tier (`jla`; needs jax 0.11.2) and flash-linear-attention (`fla`; needs torch
+with CUDA) where they are installed. On an H200 a table of floors follows: the time that memory traffic alone and
+matrix products alone would take, as a part of the time measured, and the memory of the compiled program.
 
 Targets on CPU at T = 2048, forward + backward: the recurrence takes at least 4 times as long; jla at least as long;
 T = 8192 takes at most 4.6 times as long as T = 2048.
@@ -29,6 +32,7 @@ from benchmarks.measure import QUIET, Neighbours, Patience, parser, quiet_only, 
 from kernels.inverse import METHODS
 from kernels.ops import GATES
 from kernels.samples import inputs
+from strata.errors import ConfigError
 
 Run = Callable[[tuple[Any, ...]], Any]
 JLA = {
@@ -39,10 +43,24 @@ JLA = {
     "kda": "kda",
 }
 """Ops that jax-linear-attention has in its chunked tier, and its names for them."""
+FLA = {
+    "linear_attention": "linear_attn:chunk_linear_attn",
+    "retention": "retention:chunk_retention",
+    "simple_gla": "simple_gla:chunk_simple_gla",
+    "gla": "gla:chunk_gla",
+    "delta_rule": "delta_rule:chunk_delta_rule",
+    "gated_delta_rule": "gated_delta_rule:chunk_gated_delta_rule",
+    "kda": "kda:chunk_kda",
+}
+"""Ops that flash-linear-attention has in chunks: module and function below `fla.ops`."""
+GPU_SHAPES = ((8, 4096, 16, 128), (2, 16384, 16, 128), (1, 8192, 96, 128), (4, 2048, 16, 128))
+"""(B, T, H, K = V)"""
+PEAKS = {"NVIDIA H200": (4.3e12, 790e12)}
+"""Bytes and bfloat16 operations a second that a device reaches in practice."""
 
 
-def contestants(op: str, chunks: list[int]) -> dict[str, Callable[..., Any]]:
-    """What is timed, by name; `xla` is first."""
+def contestants(op: str, chunks: list[int], x: tuple[Any, ...], recurrence: bool) -> dict[str, Callable[..., Any]]:
+    """What is timed on the inputs x, by name; `xla` is first."""
 
     def ours(**options: Any) -> Callable[..., Any]:
         return lambda *x: getattr(kernels, op)(*x, **options)[0]
@@ -50,7 +68,14 @@ def contestants(op: str, chunks: list[int]) -> dict[str, Callable[..., Any]]:
     found = {"xla": ours(backend="xla")}
     if chunks:
         return found | {f"chunks of {size}": ours(backend="xla", chunk_size=size) for size in chunks}
-    found["recurrence"] = ours(backend="reference")
+    if recurrence:
+        found["recurrence"] = ours(backend="reference")
+    for backend in ("tpu", "mosaic_gpu"):
+        try:
+            kernels.explain(op, *x[:3], **dict(zip(gate_names(op), x[3:], strict=True)), backend=backend)
+        except ConfigError:
+            continue
+        found[backend] = ours(backend=backend)
     if op in JLA and importlib.util.find_spec("jla"):
         run, gates = importlib.import_module("jla.ops").linear_attention, gate_names(op)
         found["jla"] = lambda q, k, v, *g: run(JLA[op], q, k, v, impl="chunked", **dict(zip(gates, g, strict=True)))[0]
@@ -61,6 +86,74 @@ def gate_names(op: str) -> tuple[str, ...]:
     """Of the gates that `inputs` gives, in order."""
     decay, delta = GATES[op]
     return ("g",) * (decay in ("scalar", "vector") and op != "lightnet") + ("beta",) * delta
+
+
+def fla_forms(op: str, x: tuple[Any, ...], dtype: str) -> dict[str, tuple[Run, tuple[Any, ...]]]:
+    """The runs of `timed_forms` by flash-linear-attention and what they run on; empty where it cannot take part."""
+    if op not in FLA or not (importlib.util.find_spec("fla") and importlib.util.find_spec("torch")):
+        return {}
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return {}
+    module, _, name = FLA[op].partition(":")
+    run, names = getattr(importlib.import_module(f"fla.ops.{module}"), name), ("q", "k", "v", *gate_names(op))
+    wide = [torch.from_numpy(np.array(value, np.float32)).cuda() for value in x]
+    given = [value.to(getattr(torch, dtype)) if i < 3 else value for i, value in enumerate(wide)]
+    learned = [value.detach().requires_grad_() for value in given]
+
+    def forward(x: tuple[Any, ...]) -> None:
+        with torch.no_grad():
+            run(**dict(zip(names, x, strict=True)))
+        torch.cuda.synchronize()
+
+    def both(x: tuple[Any, ...]) -> None:
+        o = run(**dict(zip(names, x, strict=True)))[0]
+        torch.autograd.grad(o.square().sum(), x)
+        torch.cuda.synchronize()
+
+    return {"forward": (forward, tuple(given)), "forward+backward": (both, tuple(learned))}
+
+
+def floors(op: str, shape: tuple[int, int, int, int], dtype: str, form: str) -> tuple[float, float]:
+    """Bytes that must move and floating-point operations of dense products in chunks of 64: (B, T, H, K = V).
+
+    Forward reads q, k, v and gates and writes o; backward reads them and do and writes their gradients. Gates are float32. The
+    backward pass multiplies 7/3 as much as the forward pass, of delta rules 2.55 times.
+    """
+    batch, length, heads, size = shape
+    decay, delta = GATES[op]
+    tokens, chunk, width = batch * length * heads, 64, jnp.dtype(dtype).itemsize
+    gate = 4 * ({"scalar": 1, "vector": size}.get(decay, 0) + delta)
+    moved, products = 4 * size * width + gate, 2 * chunk * size + 2 * size * size
+    if delta:
+        products += 2 * chunk * size + size * size + 2 * chunk * chunk
+    if form == "forward+backward":
+        moved += 7 * size * width + 2 * gate
+        products *= 1 + (2.55 if delta else 7 / 3)
+    return float(tokens * moved), float(2 * tokens * products)
+
+
+def program_memory(run: Run, x: tuple[Any, ...]) -> int | None:
+    """Bytes of the arguments, the results and the temporary buffers of a compiled run; None where XLA does not say."""
+    found = run.lower(x).compile().memory_analysis()
+    if found is None:
+        return None
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+
+def add_floors(rows: dict[str, Any], op: str, shape: tuple[int, int, int, int], dtype: str, form: str) -> None:
+    """Into every row of a race: floors as a part of its time, where the peaks of the device are known."""
+    peaks = PEAKS.get(jax.devices()[0].device_kind)
+    if peaks is None:
+        return
+    shown = []
+    for name, row in rows.items():
+        seconds = row["milliseconds"]["median"] / 1e3
+        parts = [need / peak / seconds for need, peak in zip(floors(op, shape, dtype, form), peaks, strict=True)]
+        row |= dict(zip(("memory_floor_over_time", "tensor_floor_over_time"), parts, strict=True))
+        memory = row.get("program_bytes")
+        shown.append([name, *(f"{100 * part:.1f} %" for part in parts), f"{memory / 2**30:.2f}" if memory else "not known"])
+    show(f"{op}, {form}, floors", ["", "memory floor", "tensor floor", "GiB"], shown)
 
 
 def timed_forms(f: Callable[..., Any]) -> dict[str, Run]:
@@ -107,18 +200,23 @@ def race(runs: dict[str, tuple[Run, tuple[Any, ...]]], rounds: int, seconds: flo
     return rows
 
 
-def speed(op: str, options: Any) -> dict[str, Any]:
-    """One op: all contestants, then T against 4 T of the chunked back-end."""
-    shape = (options.batch, options.length, options.heads, options.size)
-    x = inputs(op, *shape)
-    forms = {name: timed_forms(f) for name, f in contestants(op, options.chunks).items()}
-    found: dict[str, Any] = {"op": op}
+def speed(op: str, shape: tuple[int, int, int, int], options: Any) -> dict[str, Any]:
+    """One op at (B, T, H, K = V): all contestants, then T against 4 T of the chunked back-end."""
+    x = inputs(op, *shape, dtype=options.dtype)
+    made = contestants(op, options.chunks, x, recurrence=not options.gpu_shapes)
+    forms = {name: timed_forms(f) for name, f in made.items()}
+    others = {} if options.chunks else fla_forms(op, x, options.dtype)
+    found: dict[str, Any] = {"op": op, "shape": shape}
     for form in ("forward", "forward+backward"):
         runs = {name: (made[form], x) for name, made in forms.items()}
+        runs |= {"fla": others[form]} if others else {}
         found[form] = race(runs, options.rounds, options.seconds, options.patience)
-        report(f"{op}, {form}, (B, T, H, K = V) = {shape}", found[form])
-    if not options.chunks:
-        longer = inputs(op, options.batch, 4 * options.length, options.heads, options.size)
+        for name, made_by in forms.items():
+            found[form][name]["program_bytes"] = program_memory(made_by[form], x)
+        report(f"{op}, {form}, {options.dtype}, (B, T, H, K = V) = {shape}", found[form])
+        add_floors(found[form], op, shape, options.dtype, form)
+    if not options.chunks and not options.gpu_shapes:
+        longer = inputs(op, options.batch, 4 * options.length, options.heads, options.size, dtype=options.dtype)
         run = forms["xla"]["forward+backward"]
         runs = {f"T = {options.length}": (run, x), f"T = {4 * options.length}": (run, longer)}
         found["by_length"] = race(runs, options.rounds, options.seconds, options.patience)
@@ -201,6 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--length", type=int, default=2048)
     arguments.add_argument("--heads", type=int, default=4)
     arguments.add_argument("--size", type=int, default=64, help="K = V")
+    arguments.add_argument("--gpu_shapes", action="store_true", help=f"{GPU_SHAPES} instead, without recurrence and 4 T")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of q, k and v")
     arguments.add_argument("--rounds", type=int, default=16, help="segments of every contestant")
     arguments.add_argument("--seconds", type=float, default=0.5, help="length of a segment")
     arguments.add_argument("--chunks", type=int, nargs="+", default=[], help="compare these chunk sizes, nothing else")
@@ -215,9 +315,11 @@ def main(argv: list[str] | None = None) -> None:
     if jla is None and not options.chunks:
         print("jax-linear-attention is not installed and was not measured: pip install jax-linear-attention (jax 0.11.2)")
     shown = {name: value for name, value in vars(options).items() if name not in ("out", "ops", "inverse", "seeds")}
-    results = [speed(op, options) for op in options.ops]
+    shapes = GPU_SHAPES if options.gpu_shapes else ((options.batch, options.length, options.heads, options.size),)
+    results = [speed(op, shape, options) for op in options.ops for shape in shapes]
     name = "linear_attention_chunks" if options.chunks else f"linear_attention-jax-{jax.__version__}"
-    write_result(name, {"options": shown, "jla": jla, "ops": results}, options.out)
+    fla = importlib.metadata.version("flash-linear-attention") if importlib.util.find_spec("fla") else None
+    write_result(name, {"options": shown, "jla": jla, "fla": fla, "ops": results}, options.out)
 
 
 if __name__ == "__main__":

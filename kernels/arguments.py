@@ -59,7 +59,7 @@ class Call:
     platform: str  # of the default device
     device: str  # its name in tuning tables
     capability: str  # compute capability of the default device; empty where there is none
-    devices: int
+    devices: int  # that XLA may split the call over; 1 within a `jax.shard_map` that has split it already
 
     @property
     def group(self) -> int:
@@ -151,12 +151,24 @@ def checked(
         stateful=tensors.initial_state is not None,
         output_final_state=bool(output_final_state),
         chunk_size=chunk_size,
-        interpret=interpret,
+        interpret=None if interpret is False else interpret,
         platform=jax.default_backend(),
         device=device_name(device.device_kind, device.platform),
         capability=str(getattr(device, "compute_capability", "")),
-        devices=jax.device_count(),
+        devices=1 if _split_already(tensors) else jax.device_count(),
     )
+
+
+def _split_already(tensors: Tensors) -> bool:
+    """Whether every axis of the mesh is in the hands of a `jax.shard_map`, with `check_vma=False`: where JAX checks how arrays
+    vary over the mesh it refuses Pallas kernels.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    if mesh.empty or any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in axes):
+        return False
+    avals = (getattr(x, "aval", x) for x in tensors if x is not None)
+    return not any(getattr(getattr(aval, "manual_axis_type", None), "varying", None) for aval in avals)
 
 
 def _refused(op: str, wrong: list[str]) -> ConfigError:

@@ -46,8 +46,10 @@ def hedgehog_attention(
       q, k, v and `options`: as `kernels.linear_attention`; the weights as `hedgehog`.
       normalize: divide by phi(q) z. Then v gets a column of ones, and the state is [B or N,HV,2K,V+1]; else [...,2K,V].
     """
+    dtype = v.dtype
+    q, k, v = map(_roomy, (q, k, v))
     o, state = linear_attention(hedgehog(q, query_weight), hedgehog(k, key_weight), _with_ones(v, normalize), **options)
-    return _divided(o, normalize).astype(v.dtype), state
+    return _divided(o, normalize).astype(dtype), state
 
 
 def hedgehog_attention_step(
@@ -62,10 +64,12 @@ def hedgehog_attention_step(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `hedgehog_attention`."""
+    dtype = v.dtype
+    q, k, v = map(_roomy, (q, k, v))
     o, state = linear_attention_step(
         hedgehog(q, query_weight), hedgehog(k, key_weight), _with_ones(v, normalize), state, scale=scale
     )
-    return _divided(o, normalize).astype(v.dtype), state
+    return _divided(o, normalize).astype(dtype), state
 
 
 def transnormer_attention(
@@ -78,8 +82,8 @@ def transnormer_attention(
     Args:
       q, k, v and `options`: as `kernels.linear_attention`. gain: [HV, V], or None for one.
     """
-    o, state = linear_attention(q, k, v, **({"scale": 1.0} | options))
-    return _normed(o, gain, epsilon), state
+    o, state = linear_attention(*map(_roomy, (q, k, v)), **({"scale": 1.0} | options))
+    return _normed(o, gain, epsilon).astype(v.dtype), state
 
 
 def transnormer_attention_step(
@@ -93,8 +97,13 @@ def transnormer_attention_step(
     scale: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `transnormer_attention`."""
-    o, state = linear_attention_step(q, k, v, state, scale=scale)
-    return _normed(o, gain, epsilon), state
+    o, state = linear_attention_step(*map(_roomy, (q, k, v)), state, scale=scale)
+    return _normed(o, gain, epsilon).astype(v.dtype), state
+
+
+def _roomy(x: jax.Array) -> jax.Array:
+    """float16 as float32: features, their sums and outputs without a denominator leave the range of float16."""
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 def _with_ones(v: jax.Array, wanted: bool) -> jax.Array:

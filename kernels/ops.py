@@ -29,6 +29,8 @@ Raises `strata.ConfigError` when shapes, dtypes or options do not fit, or the ba
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -37,6 +39,8 @@ import jax.numpy as jnp
 from kernels import decays, registry
 from kernels.arguments import Call, Decay, Tensors, checked
 from kernels.running import running_logsumexp
+from strata.errors import ConfigError
+from strata.resolve import nearest
 
 State = jax.Array
 GATES: dict[str, tuple[Decay, bool]] = {
@@ -265,19 +269,28 @@ def lightnet(
 
 
 def explain(op: str, q: Any, k: Any, v: Any, *, backend: str = "auto", **options: Any) -> registry.Choice:
-    """Which back-end would serve a call, and why those asked before it would not. Print it.
+    """Which back-end would serve a call, and why the others would not. Print it.
 
     Args:
       op: name of the op; q, k, v and `options` as the op takes them (`g=`, `beta=`, `segment_ids=` ...); arrays or
         `jax.ShapeDtypeStruct`.
 
     Raises:
-      ConfigError: the call is wrong, or nothing can serve it.
+      ConfigError: there is no such op or option, the call is wrong, or nothing can serve it.
     """
+    if op not in GATES:
+        raise ConfigError(f"kernels.explain: there is no op {op!r}{nearest(op, list(GATES))} Ops: {', '.join(GATES)}")
+    known = [name for name in inspect.signature(globals()[op]).parameters if name not in ("q", "k", "v")]
+    # LightNet makes its g itself; who goes by `GATES` gives one all the same, and it is not read.
+    known += ["g"] * (op == "lightnet")
+    unknown = [f"\n  kernels.{op} has no option {name!r}{nearest(name, known)}" for name in options if name not in known]
+    if unknown:
+        raise ConfigError(f"kernels.explain:{''.join(unknown)}\n  Options: {', '.join(known)}")
     decay, _ = GATES[op]
     gates = {name: options.pop(name, None) for name in ("g", "beta", "initial_state", "segment_ids", "cu_seqlens")}
     if decay == "constant":
-        gates["g"] = jax.ShapeDtypeStruct((v.shape[-2],), jnp.float32)
+        given = options.pop("decay", None)
+        gates["g"] = jax.ShapeDtypeStruct((v.shape[-2],), jnp.float32) if given is None else given
     if op == "lightnet":
         gates["g"] = jax.ShapeDtypeStruct((*v.shape[:3], k.shape[-1]), k.dtype)
         gates["initial_state"] = gates["initial_state"] and gates["initial_state"][0]
@@ -289,6 +302,8 @@ def explain(op: str, q: Any, k: Any, v: Any, *, backend: str = "auto", **options
         options.get("chunk_size"),
         options.get("interpret"),
     )
+    if op == "lightnet":  # runs on wider arrays than it is given
+        call = dataclasses.replace(call, dtype=str(call.accumulator))
     return registry.choose(call, backend)
 
 

@@ -1,8 +1,8 @@
 """Which back-end serves which op: (op, back-end) -> a function and the reason why it cannot serve a given call.
 
-`auto` is fail-closed: a back-end is taken only when it says that it can serve the call, and `explain` tells what every
-back-end said and which chunk size is taken. A back-end asked for by name either serves or raises with its reason; nothing is
-swapped silently.
+`auto` is fail-closed: a back-end is taken only when it says that it can serve the call, and `explain` tells what the others
+said, those that are never taken unasked included, and which chunk size is taken. A back-end asked for by name either serves
+or raises with its reason; nothing is swapped silently.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ OPS = (
 )
 BACKENDS = ("reference", "xla", "tpu", "mosaic_gpu")
 AUTOMATIC = ("tpu", "xla")
-"""Order in which `auto` asks. The reference is never taken unasked: it is exact and slow. Nor is `mosaic_gpu`, as long as its
-kernels have run in the interpreter alone and not on a GPU."""
+"""Order in which `auto` asks."""
+UNASKED = {
+    "mosaic_gpu": "by name only: its kernels have run in the interpreter alone, not on a GPU",
+    "reference": "by name only: exact and slow",
+}
+"""Back-ends that `auto` does not take although they could serve, and why."""
 
 
 class Implementation(NamedTuple):
@@ -73,9 +77,12 @@ def refusal(call: Call, backend: str) -> str | None:
 
 
 def _not_split(call: Call, backend: str) -> str | None:
-    """Named within `jax.shard_map` a Pallas kernel is fine on many devices; taken unasked it would not compile on a mesh."""
+    """A Pallas kernel is fine on many devices within `jax.shard_map`; elsewhere it would not compile on a mesh."""
     if call.devices > 1 and backend in ("tpu", "mosaic_gpu"):
-        return f"there are {call.devices} devices and Pallas kernels are not split by themselves: name it within jax.shard_map"
+        return (
+            f"there are {call.devices} devices and Pallas kernels are not split by themselves: call it within "
+            "jax.shard_map(..., check_vma=False) over all axes"
+        )
     return None
 
 
@@ -94,13 +101,14 @@ def choose(call: Call, backend: str = "auto") -> Choice:
         if reason is not None:
             raise ConfigError(f'kernels.{call.op}: backend="{backend}" cannot serve this call: {reason}')
         return Choice(backend, {}, _tuned(call, backend))
+    unasked = {name: refusal(call, name) or reason for name, reason in UNASKED.items()}
     refusals: dict[str, str] = {}
     for name in AUTOMATIC:
         reason = refusal(call, name) or _not_split(call, name)
         if reason is None:
-            return Choice(name, refusals, _tuned(call, name))
+            return Choice(name, refusals | unasked, _tuned(call, name))
         refusals[name] = reason
-    said = "".join(f"\n  {name}: {reason}" for name, reason in refusals.items())
+    said = "".join(f"\n  {name}: {reason}" for name, reason in (refusals | unasked).items())
     raise ConfigError(f"kernels.{call.op}: no back-end can serve this call:{said}")
 
 

@@ -5,7 +5,8 @@
     python -m kernels.mosaic_gpu.compiled --write    # and record; a count that grew needs --allow_growth as well
 
 A spilled register fails, recorded or not, except in kernels that no GPU is given (`limits.FLOAT32_ON_A_GPU`). `registers.json`
-holds the hash of the sources that it was made from, so that unchanged kernels cost nothing.
+holds the hash of the sources that it was made from, so that unchanged kernels cost nothing. A part may be compiled alone: what
+else the file holds is kept as long as sources and versions are the same, and otherwise as `earlier`, for comparison only.
 """
 
 from __future__ import annotations
@@ -165,6 +166,23 @@ def worse(found: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -
     ]
 
 
+def merged(
+    found: dict[str, dict[str, int]], record: dict[str, Any], source: str, versions: dict[str, str]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """The counts of a new record: `kernels`, compiled now or held by a record of the same sources and versions; and `earlier`,
+    where there are any, of kernels not compiled since sources or versions changed.
+    """
+    same = record.get("source") == source and record.get("versions") == versions
+    kernels = (record["kernels"] if same else {}) | found
+    earlier = {key: counts for key, counts in known(record).items() if key not in kernels}
+    return {"kernels": kernels} | ({"earlier": earlier} if earlier else {})
+
+
+def known(record: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """The last counts of every kernel, of these sources or of earlier ones: what new counts are compared with."""
+    return record.get("earlier", {}) | record.get("kernels", {})
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compile, compare, record."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,11 +200,12 @@ def main(argv: list[str] | None = None) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(dump)}
     found = compile_all(options.dtypes, options.forms, dump)
     shutil.rmtree(dump.parent)
-    complaints = worse(found, record.get("kernels", {}))
+    complaints = worse(found, known(record))
     print("\n".join(complaints))
     if options.write and not spilling(found) and (options.allow_growth or not complaints):
         versions = {name: importlib.metadata.version(name) for name in ("jax", "nvidia-cuda-nvcc")}
-        record = {"source": source_hash(), "versions": versions, "shape": SHAPE, "kernels": found}
+        counts = merged(found, record, source_hash(), versions)
+        record = {"source": source_hash(), "versions": versions, "shape": SHAPE} | counts
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {RECORD}")
     elif complaints:

@@ -21,8 +21,12 @@ def parameters(*, detect_races: bool = True) -> Any:
 
         return plgpu.InterpretGPUParams(detect_races=detect_races)
     except (ImportError, AttributeError) as error:
-        installed = ".".join(map(str, limits.version()))
-        raise ConfigError(f"kernels.mosaic_gpu: jax {installed} has no GPU interpreter") from error
+        raise _missing() from error
+
+
+def _missing() -> ConfigError:
+    installed = ".".join(map(str, limits.version()))
+    return ConfigError(f"kernels.mosaic_gpu: jax {installed} has no GPU interpreter of the kind that jax 0.11.2 has")
 
 
 @contextlib.contextmanager
@@ -31,11 +35,15 @@ def session() -> Iterator[None]:
     not even by a kernel that failed.
 
     Raises:
+      ConfigError: the JAX that is installed has no such interpreter, or keeps its state elsewhere.
       RuntimeError: on leaving, when an interpreted kernel had a race; what raced has been printed.
     """
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    record, states = gpu_callbacks.GPURaceDetectionState, []
+        record, reset, states = gpu_callbacks.GPURaceDetectionState, gpu_callbacks.reset_gpu_interpret_mode_state, []
+    except (ImportError, AttributeError) as error:
+        raise _missing() from error
 
     def recorded(*args: Any, **options: Any) -> Any:
         states.append(record(*args, **options))
@@ -43,11 +51,11 @@ def session() -> Iterator[None]:
 
     # JAX keeps what it found for the last kernel alone, and a call of an op is several kernels.
     gpu_callbacks.GPURaceDetectionState = recorded
-    gpu_callbacks.reset_gpu_interpret_mode_state()
+    reset()
     try:
         yield
     finally:
         gpu_callbacks.GPURaceDetectionState = record
-        gpu_callbacks.reset_gpu_interpret_mode_state()
+        reset()
     if any(state.races_found for state in states):
         raise RuntimeError("a kernel has a race")

@@ -25,9 +25,14 @@ def token(
     if g is not None:
         state = jnp.exp(g)[..., None] * state
     if beta is not None:
-        v = beta[..., None] * (v - jnp.einsum("bhk,bhkv->bhv", k, state))
+        v = beta[..., None] * (v - _times(k, state))
     state = state + k[..., :, None] * v[..., None, :]
-    return state, jnp.einsum("bhk,bhkv->bhv", q, state)
+    return state, _times(q, state)
+
+
+def _times(row: jax.Array, state: jax.Array) -> jax.Array:
+    """row^T S, [B,HV,V], at full precision: left to themselves GPUs take TF32 operands and TPUs bfloat16 ones."""
+    return jnp.einsum("bhk,bhkv->bhv", row, state, precision=lax.Precision.HIGHEST)
 
 
 def per_token_gate(g: jax.Array | None, call: Call) -> jax.Array | None:

@@ -30,7 +30,7 @@ def kernel(form: Form, names: tuple[str, ...], outputs: tuple[str, ...], *refs: 
 
     grid = Grid.of(form.chunk)
     mask = masks(grid, given["runs"][0, 0] if "runs" in given else None)
-    dots = Products(form.exact)
+    dots = Products(form.pieces)
     for head in range(form.heads):
         q, k, v, do = (given[name][0, head].astype(jnp.float32) for name in ("q", "k", "v", "do"))
         q = q * form.scale

@@ -12,15 +12,9 @@ from kernels.reference.recurrence import per_token_gate
 from kernels.sequences import boundaries
 from kernels.tpu import backward, forward
 from kernels.tpu.layout import Form, Operands
-from kernels.tpu.limits import SMALLEST_CHUNK
+from kernels.tpu.limits import SMALLEST_CHUNK, heads_a_step
 from kernels.tuning import tuned
 from kernels.xla.decay import FLOOR, GRID
-
-
-def heads_a_step(decay: str, delta: bool, value_heads: int) -> int:
-    """Heads a grid step: independent work for the scheduler to interleave. Long bodies fill it with fewer."""
-    most = 2 if delta or decay == "vector" else 4
-    return max(count for count in range(1, most + 1) if value_heads % count == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

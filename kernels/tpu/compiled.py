@@ -8,7 +8,8 @@
 A bundle is what a TPU core issues in one cycle at best. Counts rank variants of a kernel; they are no times: stalls on memory
 are not in them. A kernel that overflows VMEM, or that the compiler rejects, fails here. `bundles.json` holds the hash of the
 sources that it was made from, so that unchanged kernels cost nothing. A part may be compiled alone, long ones in float32 say:
-what else the file holds is kept as long as sources and versions are the same.
+what else the file holds is kept as long as sources and versions are the same, and otherwise as `earlier`: what has not been
+compiled since is missing for the tests, but its growth is still seen.
 """
 
 from __future__ import annotations
@@ -25,18 +26,29 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kernels.tpu.limits import CHUNK, heads_a_step
+
 HERE = Path(__file__).parent
 RECORD = HERE / "bundles.json"
 SOURCES = ("algebra.py", "backward.py", "forward.py", "layout.py")
 DEVICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
 SHAPE = {"batch": 2, "length": 16384, "heads": 16, "size": 128}
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
+Counts = dict[str, dict[str, int]]
+"""Device -> kernel, way and dtype -> scheduled bundles."""
 
 
 def source_hash() -> str:
     """Of everything that decides what is compiled."""
     text = b"".join((HERE / name).read_bytes() for name in SOURCES)
-    return hashlib.sha256(text + json.dumps([SHAPE, FORMS]).encode()).hexdigest()[:16]
+    heads = [heads_a_step(decay, delta, SHAPE["heads"]) for decay, delta in FORMS]
+    return hashlib.sha256(text + json.dumps([SHAPE, FORMS, CHUNK, heads]).encode()).hexdigest()[:16]
+
+
+def names() -> list[str]:
+    """Of everything that is compiled for a device: form, way and dtype."""
+    forms = [f"{decay}_decay_{'delta_rule' if delta else 'additive'}" for decay, delta in FORMS]
+    return [f"{form} {way} {dtype}" for form in forms for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
 
 
 def recorded() -> dict[str, Any]:
@@ -66,23 +78,22 @@ def operands(form: Any, dtype: str, device: Any) -> tuple[Any, tuple[Any, ...], 
     }
     beta = array(batch, heads, count, 1, form.chunk, dtype="float32") if form.delta else None
     runs = array(batch, count, 1, form.chunk, dtype="float32")
-    saved = (array(batch, heads, count, size, size),)
+    stored = str(form.stored)
+    saved = (array(batch, heads, count, size, size, dtype=stored),)
     if form.delta:
-        saved += (array(batch, heads, length, form.chunk),)
+        saved += (array(batch, heads, length, form.chunk, dtype=stored),)
     return Operands(keys, keys, keys, gates[form.decay], beta, runs, state), saved, keys, state
 
 
-def compile_all(devices: list[str], dtypes: list[str], forms: list[str], dump: Path) -> dict[str, dict[str, int]]:
+def compile_all(devices: list[str], dtypes: list[str], forms: list[str], dump: Path) -> Counts:
     """Bundles of every kernel by device. Raises what the compiler raises."""
     import jax
     from jax.experimental import topologies
 
     from kernels.tpu import backward, forward
-    from kernels.tpu.chunked import heads_a_step
     from kernels.tpu.layout import Form
-    from kernels.tpu.limits import CHUNK
 
-    found: dict[str, dict[str, int]] = {}
+    found: Counts = {}
     for name in devices:
         device = topologies.get_topology_desc(DEVICES[name], platform="tpu").devices[0]
         found[name] = {}
@@ -116,7 +127,7 @@ def bundles(dump: Path, kernel: str) -> int:
     raise SystemExit(f"error: the compiler left no bundle count of {kernel} in {dump}")
 
 
-def grown(found: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -> list[str]:
+def grown(found: Counts, before: Counts) -> list[str]:
     """Sentences about counts that are larger than recorded."""
     return [
         f"{device}: {key} has {count} bundles, was {before[device][key]}"
@@ -126,13 +137,25 @@ def grown(found: dict[str, dict[str, int]], before: dict[str, dict[str, int]]) -
     ]
 
 
-def merged(
-    found: dict[str, dict[str, int]], record: dict[str, Any], source: str, versions: dict[str, str]
-) -> dict[str, dict[str, int]]:
-    """What was compiled now, and what a record of the same sources and versions holds of the rest; devices in their order."""
+def known(record: dict[str, Any]) -> Counts:
+    """The last count of every kernel by device, of these sources or of earlier ones: what new counts are compared with."""
+    earlier, bundles = (record.get(name, {}) for name in ("earlier", "bundles"))
+    return {name: earlier.get(name, {}) | bundles.get(name, {}) for name in DEVICES if name in earlier or name in bundles}
+
+
+def merged(found: Counts, record: dict[str, Any], source: str, versions: dict[str, str]) -> dict[str, Counts]:
+    """The counts of a new record: `bundles`, compiled now or held by a record of the same sources and versions; and `earlier`,
+    where there are any, of kernels not compiled since sources or versions changed. Devices in their order.
+    """
     same = record.get("source") == source and record.get("versions") == versions
     before = record["bundles"] if same else {}
-    return {name: before.get(name, {}) | found.get(name, {}) for name in DEVICES if name in found or name in before}
+    bundles = {name: before.get(name, {}) | found.get(name, {}) for name in DEVICES if name in found or name in before}
+    earlier = {
+        name: {key: count for key, count in counts.items() if key not in bundles.get(name, {})}
+        for name, counts in known(record).items()
+    }
+    earlier = {name: counts for name, counts in earlier.items() if counts}
+    return {"bundles": bundles} | ({"earlier": earlier} if earlier else {})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,12 +177,12 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
     found = compile_all(options.devices, options.dtypes, options.forms, dump)
     shutil.rmtree(dump.parent)
-    worse = grown(found, record.get("bundles", {}))
+    worse = grown(found, known(record))
     print("\n".join(worse))
     if options.write and (options.allow_growth or not worse):
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
         counts = merged(found, record, source_hash(), versions)
-        record = {"source": source_hash(), "versions": versions, "shape": SHAPE, "bundles": counts}
+        record = {"source": source_hash(), "versions": versions, "shape": SHAPE} | counts
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {RECORD}")
     elif worse:

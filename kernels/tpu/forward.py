@@ -31,7 +31,7 @@ def kernel(form: Form, save: bool, *refs: Any) -> None:
 
     grid = Grid.of(form.chunk)
     mask = masks(grid, given["runs"][0, 0] if "runs" in given else None)
-    dots = Products(form.exact)
+    dots = Products(form.pieces)
     for head in range(form.heads):
         q, k, v = (given[name][0, head].astype(jnp.float32) for name in ("q", "k", "v"))
         q = q * form.scale
@@ -41,7 +41,7 @@ def kernel(form: Form, save: bool, *refs: Any) -> None:
         written = v
         if form.delta:
             beta = grid.column(given["beta"][0, head, 0])
-            solved = inverse(grid, jnp.where(mask.strict, beta * decay.scores(dots, k, k), 0.0), form.exact)
+            solved = inverse(grid, jnp.where(mask.strict, beta * decay.scores(dots, k, k), 0.0))
             written = dots.nn(solved, beta * (v - dots.nt(k * decay.entry, state)))
             if save:
                 saved[1][0, head] = solved.astype(saved[1].dtype)
@@ -63,16 +63,15 @@ def call(form: Form, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]
     value_size = operands.v.shape[-1]
     inputs = operands.present()
     layout = specs(form, key_size, value_size)
-    stored = jnp.float32 if form.exact else jnp.bfloat16
     outputs = [
         (jax.ShapeDtypeStruct((batch, heads, length, value_size), operands.v.dtype), layout["v"]),
         (jax.ShapeDtypeStruct((batch, heads, value_size, key_size), jnp.float32), layout["initial"]),
     ]
     if save:
         shape = (batch, heads, length // form.chunk, value_size, key_size)
-        outputs.append((jax.ShapeDtypeStruct(shape, stored), layout["states"]))
+        outputs.append((jax.ShapeDtypeStruct(shape, form.stored), layout["states"]))
         if form.delta:
-            outputs.append((jax.ShapeDtypeStruct((batch, heads, length, form.chunk), stored), layout["inverses"]))
+            outputs.append((jax.ShapeDtypeStruct((batch, heads, length, form.chunk), form.stored), layout["inverses"]))
     return pl.pallas_call(
         lambda *refs: kernel(form, save, *refs),
         grid=(batch, heads // form.heads, length // form.chunk),

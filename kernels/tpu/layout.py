@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 
@@ -20,6 +21,20 @@ class Form(NamedTuple):
     heads: int  # a grid step
     exact: bool  # float32 products throughout
     interpret: Any
+
+    @property
+    def pieces(self) -> int:
+        """bfloat16 pieces of the operands of products; see `kernels.tpu.algebra.Products`.
+
+        Two for delta rules even where the inputs are one: a reflection (beta = 2) damps no rounding, and with equal keys it
+        cancels what it wrote before, so that of rounded operands nothing would be left.
+        """
+        return 3 if self.exact else 2 if self.delta else 1
+
+    @property
+    def stored(self) -> jnp.dtype:
+        """Of what the forward pass keeps for the backward pass; two bfloat16 pieces would take as much as float32."""
+        return jnp.dtype("bfloat16" if self.pieces == 1 else "float32")
 
     @property
     def name(self) -> str:

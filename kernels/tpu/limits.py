@@ -13,9 +13,17 @@ SMALLEST_CHUNK = 16
 LARGEST_SIZE = 256
 
 
+def heads_a_step(decay: str, delta: bool, value_heads: int) -> int:
+    """Heads a grid step: independent work for the scheduler to interleave. Long bodies fill it with fewer."""
+    most = 2 if delta or decay == "vector" else 4
+    return max(count for count in range(1, most + 1) if value_heads % count == 0)
+
+
 def refusal(call: Call) -> str | None:
     """Why the TPU kernels cannot serve `call`; None when they can."""
-    if call.interpret in (None, False) and call.platform != "tpu":
+    if call.interpret is not None and call.interpret is not True and type(call.interpret).__name__ != "InterpretParams":
+        return "interpret= must be True here, or jax.experimental.pallas.tpu.InterpretParams"
+    if call.interpret is None and call.platform != "tpu":
         return f"the default device is {call.platform}; TPU kernels need a TPU, or interpret=True"
     if call.dtype not in ("bfloat16", "float32"):
         return f"q, k, v are {call.dtype}; the kernels take bfloat16 and float32"

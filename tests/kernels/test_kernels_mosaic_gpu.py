@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ COVERING = [
     ("kda", 65, "one", "bfloat16", 16, 8),
     ("kda", 128, "segments", "bfloat16", 128, 64),
 ]
+KERNELS = ("pairs", "states", "outputs", "dstates", "gradients")
 EVERYTHING = [
     case
     for case in itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), TOLERANCE, (16, 64, 128), (8, 128))
@@ -116,6 +118,14 @@ def test_kernels_in_the_full_product(problem, rms, op, length, sequences, dtype,
     check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size)
 
 
+@needs_jax
+@pytest.mark.hopper
+@pytest.mark.parametrize("op,dtype", [("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")])
+@pytest.mark.parametrize("keys", ["correlated", "identical"])
+def test_reflections_without_a_decay_keep_their_digits(problem, rms, op, dtype, keys):
+    check_kernels(problem, rms, op, 65, "one", dtype, 16, 8, ((keys, "zero", "two"),))
+
+
 def call_of(**changes):
     """A call of linear attention, with fields replaced."""
     q = jax.ShapeDtypeStruct((2, 8, 2, 8), jnp.bfloat16)
@@ -161,3 +171,33 @@ def test_spills_and_grown_register_counts_are_named():
         "scalar_c float32": {"registers": 255, "spilled": 64},  # no GPU is given this one
     }
     assert compiled.worse(found, before) == ["none_b float32 spills 8 bytes", "scalar_a bfloat16 has 11 registers, was 10"]
+
+
+def test_register_counts_are_those_of_the_kernels_as_they_are_and_no_kernel_spills_that_a_gpu_is_given():
+    record = compiled.recorded()
+    assert record["source"] == compiled.source_hash(), "python -m kernels.mosaic_gpu.compiled --write; see its docstring"
+    assert not compiled.spilling(record["kernels"])
+    forms = {f"{decay}_decay_{'delta_rule' if delta else 'additive'}" for decay, delta in compiled.FORMS}
+    names = {f"{form}_{kernel} {dtype}" for form in forms for kernel in KERNELS for dtype in TOLERANCE}
+    assert set(record["kernels"]) == names
+    spilling = {key.partition(" ")[0].rpartition("_")[0] for key, counts in record["kernels"].items() if counts["spilled"]}
+    # What limits refuses is what spills, and no more than that.
+    refused = {form for form in forms if not compiled.served(f"{form} float32")}
+    assert spilling == refused
+
+
+def test_a_part_compiled_alone_replaces_only_itself_while_sources_and_versions_are_the_same():
+    versions = {"jax": "1"}
+    one, two, three = ({"registers": count, "spilled": 0} for count in (1, 2, 3))
+    record = {"source": "old", "versions": versions, "kernels": {"a": one, "b": two}}
+    assert compiled.merged({"b": three}, record, "old", versions) == {"kernels": {"a": one, "b": three}}
+    changed = compiled.merged({"b": three}, record, "new", versions)
+    assert changed == {"kernels": {"b": three}, "earlier": {"a": one}}
+    assert compiled.merged({"b": three}, record, "old", {"jax": "2"}) == changed
+    assert compiled.worse({"a": two}, compiled.known(changed)) == ["a has 2 registers, was 1"]
+
+
+def test_an_interpreter_that_is_not_there_is_an_error_with_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax._src.pallas.mosaic_gpu.interpret", None)
+    with pytest.raises(ConfigError, match="has no GPU interpreter"), interpreter.session():
+        pass

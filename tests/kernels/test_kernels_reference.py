@@ -136,3 +136,76 @@ def test_transnormer_output_has_unit_mean_square_whatever_the_scale(float64):
     np.testing.assert_allclose(scaled, np.asarray(o) * gain, rtol=1e-10)
     one, after = kernels.transnormer_attention_step(q[:, 0], k[:, 0], v[:, 0], None, gain, epsilon=0.0)
     np.testing.assert_allclose(one, np.asarray(o)[:, 0] * gain, rtol=1e-10)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_hedgehog_in_float16_is_as_exact_as_float16(rms, normalize):
+    rng = np.random.default_rng(0)
+    q, k, v = (3 * rng.standard_normal((2, 40, 2, 4)) for _ in range(3))
+    half = [x.astype(np.float16) for x in (q, k, v)]
+    weight = np.eye(4, dtype=np.float32)
+    options = {"normalize": normalize}
+    with jax.enable_x64(True):
+        exact = [x.astype(np.float64) for x in half]
+        expected, _ = kernels.hedgehog_attention(*exact, weight, weight, backend="reference", **options)
+    o, _ = kernels.hedgehog_attention(*half, weight, weight, **options)
+    assert o.dtype == jnp.float16 and rms(o, expected) < 1e-3
+    state = None
+    for t in range(40):
+        one, state = kernels.hedgehog_attention_step(*(x[:, t] for x in half), weight, weight, state, **options)
+    assert one.dtype == jnp.float16 and rms(one, np.asarray(expected)[:, -1]) < 1e-3
+
+
+def test_transnormer_in_float16_stays_finite_where_its_sums_leave_the_range(rms):
+    rng = np.random.default_rng(0)
+    shared = 3 * rng.standard_normal(32)
+    q, k, v = (shared + rng.standard_normal((1, 512, 1, 32)) for _ in range(3))
+    half = [x.astype(np.float16) for x in (q, k, v)]
+    with jax.enable_x64(True):
+        exact = [x.astype(np.float64) for x in half]
+        expected, _ = kernels.transnormer_attention(*exact, backend="reference")
+    assert np.abs(np.sum(exact[1] * exact[0][:, -1:], axis=-1)).sum() > 65504
+    o, state = kernels.transnormer_attention(*half, output_final_state=True)
+    assert o.dtype == jnp.float16 and rms(o, expected) < 1e-3
+    one, _ = kernels.transnormer_attention_step(*(x[:, -1] for x in half), state)
+    assert one.dtype == jnp.float16 and np.isfinite(one).all()
+
+
+def precisions(function, *arguments):
+    """The precision of every matrix product that a function traces to, nested ones included."""
+    found = []
+
+    def look(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(equation.params["precision"])
+            for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    look(inner)
+
+    look(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+FULL = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_the_reference_and_the_steps_multiply_at_full_precision_on_every_device(problem, op):
+    given = problem(op, 3).cast(jnp.float32)
+    gates = [given.gates[name] for name in ("g", "beta") if name in given.gates]
+    whole = precisions(lambda *x: given.call(*x, backend="reference"), given.arrays, given.gates)
+    step = precisions(getattr(kernels, f"{op}_step"), *(x[:, 0] for x in (*given.arrays, *gates)), given.state)
+    assert whole and step and {*whole, *step} == {FULL}
+
+
+@pytest.mark.parametrize("op", ["delta_rule", "gated_delta_rule", "kda"])
+def test_chunks_of_delta_rules_multiply_at_full_precision_whatever_the_inputs_are(problem, op):
+    given = problem(op, 9).cast(jnp.bfloat16)
+
+    def objective(arrays, gates):
+        return jnp.sum(given.call(arrays, gates, backend="xla", chunk_size=4)[0].astype(jnp.float32))
+
+    found = precisions(jax.grad(objective, argnums=(0, 1)), given.arrays, given.gates)
+    assert found and set(found) == {FULL}

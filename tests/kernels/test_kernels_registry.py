@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -39,8 +40,67 @@ def test_every_promised_name_is_there():
 def test_auto_takes_the_chunked_back_end_on_cpu_and_says_why_not_the_others():
     choice = kernels.explain("gated_delta_rule", Q, Q, V, g=GATE, beta=GATE)
     assert choice.backend == "xla"
-    assert set(choice.refusals) == {"tpu"}
-    assert "back-end: xla" in str(choice) and "not tpu:" in str(choice)
+    assert set(choice.refusals) == set(BACKENDS) - {"xla"}
+    assert "back-end: xla" in str(choice) and "not tpu:" in str(choice) and "not mosaic_gpu:" in str(choice)
+
+
+def test_interpret_false_is_the_same_as_not_asking():
+    assert kernels.explain("linear_attention", Q, Q, V, interpret=False).backend == "xla"
+    assert kernels.linear_attention(*zeros(Q, Q, V), interpret=False)[0].shape == V.shape
+    with pytest.raises(ConfigError, match="the default device is cpu"):
+        kernels.explain("linear_attention", Q, Q, V, backend="tpu", interpret=False)
+
+
+def test_explain_refuses_ops_and_options_that_there_are_not():
+    with pytest.raises(ConfigError, match="no op 'gated_delta'; did you mean gated_delta_rule"):
+        kernels.explain("gated_delta", Q, Q, V)
+    with pytest.raises(ConfigError, match="no option 'chunksize'; did you mean chunk_size") as caught:
+        kernels.explain("linear_attention", Q, Q, V, chunksize=3, decay=5)
+    assert "no option 'decay'" in str(caught.value)
+    assert kernels.explain("lightning_attention", Q, Q, V, layer=1, layers=2).backend == "xla"
+    with pytest.raises(ConfigError, match=r"decay has shape \[3\]; expected \[4\]"):
+        kernels.explain("retention", Q, Q, V, decay=jnp.zeros(3))
+
+
+def test_explain_answers_for_the_call_that_lightnet_makes():
+    q, v = (jax.ShapeDtypeStruct(x.shape, jnp.float16) for x in (Q, V))
+    assert kernels.explain("lightnet", q, q, v, backend="tpu", interpret=True).backend == "tpu"
+    assert kernels.explain("lightnet", q, q, v, g=jax.ShapeDtypeStruct((2, 8, 4, 4), jnp.float32)).backend == "xla"
+    o, _ = kernels.lightnet(*zeros(q, q, v), backend="tpu", interpret=True)
+    assert o.dtype == jnp.float16
+
+
+def chosen_on_a_mesh() -> None:
+    """What `auto` takes of an interpreted kernel and of `xla` on four devices, outside `jax.shard_map` and in its forms."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
+    taken = []
+
+    def run(q):
+        # As on a TPU: interpretation asked for stands for a device that has the kernels.
+        try:
+            taken.append(kernels.explain("linear_attention", q, q, q, interpret=True).backend)
+            return kernels.linear_attention(q, q, q, interpret=True)[0]
+        except ConfigError:
+            taken.append("refused")
+            return q
+
+    q, both, one = np.ones((2, 8, 2, 8), np.float32), {"data", "tensor"}, {"data"}
+    spec = jax.sharding.PartitionSpec("data")
+    jax.jit(run)(q)
+    for axes, check in ((both, False), (both, True), (one, False)):
+        split = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=check)
+        assert jax.jit(split)(q).shape == q.shape
+    assert taken == ["refused", "tpu", "refused", "refused"], taken
+
+
+def test_auto_takes_a_pallas_kernel_where_shard_map_has_split_the_call_and_only_there(root):
+    program = "import importlib.util as u, sys; s = u.spec_from_file_location('t', sys.argv[1]); m = u.module_from_spec(s);"
+    program += " s.loader.exec_module(m); m.chosen_on_a_mesh()"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, __file__], env=os.environ | flags, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("backend", ["tpu", "mosaic_gpu"])

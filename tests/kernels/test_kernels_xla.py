@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kernels
+from kernels.ops import GATES
 
 TAME = (("random", "mixed", "random"), ("correlated", "mild", "one"), ("identical", "-20", "two"))
 TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (5e-3, 8e-3), "float16": (5e-4, 1e-3)}
@@ -41,6 +42,27 @@ def test_low_precision_stays_close_to_float64_and_states_are_float32(problem, rm
     assert rms(o, o_exact) < forward and rms(final, final_exact) < forward
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert rms(x, y) < backward
+
+
+@pytest.mark.parametrize("op", ("delta_rule", "gated_delta_rule"))
+def test_reflections_along_one_key_keep_their_digits_in_float32(problem, rms, op):
+    """Identical keys, beta = 2, no decay: nothing damps a rounding, so the bounds are wider than elsewhere."""
+    given = problem(op, 65, key_size=16, value_size=8, regimes=(("identical", "zero", "two"),)).cast(jnp.float32)
+    inputs = (given.arrays, given.gates, given.state)
+
+    def gradients(inputs, **options):
+        def objective(inputs):
+            o, final = given.run(*inputs, **options)
+            return jnp.sum(jnp.sin(o)) + jnp.sum(final), (o, final)
+
+        return jax.jit(jax.grad(objective, has_aux=True))(inputs)
+
+    found, results = gradients(inputs)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
+        expected, wanted = gradients(exact, backend="reference")
+    assert all(rms(x, y) < 2e-5 for x, y in zip(results, wanted, strict=True))
+    assert all(rms(x, y) < 5e-5 for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
 
 
 def test_long_sums_of_strong_decays_cost_no_digits_of_the_weak_ones(rms):
@@ -101,6 +123,20 @@ def test_vmap_scan_and_remat_change_nothing(problem, float64):
     for other in (by_row, scanned):
         found = jax.jit(jax.value_and_grad(other))(inputs)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12 * np.abs(y).max()), found, expected)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_remat_changes_no_gradient(problem, float64, op):
+    given = problem(op, 7, regimes=(("random", "mild", "random"),))
+    inputs = (given.arrays, given.gates, given.state)
+
+    def objective(inputs):
+        arrays, gates, state = inputs
+        o, final = given.call(arrays, gates, initial_state=state, chunk_size=4)
+        return jnp.sum(jnp.sin(o)) + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(final))
+
+    expected, found = jax.jit(lambda x: (jax.grad(objective)(x), jax.grad(jax.checkpoint(objective))(x)))(inputs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12 * np.abs(y).max()), found, expected)
 
 
 def test_segments_are_sequences_of_their_own(problem, float64):
