@@ -3,7 +3,8 @@
 An update draws its *cut*, the first active layer: weights and optimizer state of every layer below are left as they are, bit
 for bit, and the backward pass stops there. A step is compiled for each cut that can be drawn, so they are few ("buckets").
 
-What belongs to no layer goes with an end: embedding and tables are active only when layer 0 is, head and final norm always.
+What belongs to no layer goes with an end: embedding and tables are active only when layer 0 is, head and final norm always; a
+parameter without a layer axis that declares a place, as the norm of the embedding does, goes with the layer there.
 The learning rates are not rescaled by how often a layer is active. A block that a looped model uses several times stands where
 it is used first: below the cut its weights are frozen, while gradients of active blocks still pass through it in later rounds.
 """
