@@ -98,11 +98,11 @@ class Cuts:
         """Largest possible ratio of step times, every layer active over drawn cuts, at the start of the run.
 
         Forward, gradients of weights and of activations cost 1 each, spread evenly over the layers; embedding, head and the
-        optimizer are not counted. The lowest active layer needs no gradient of its input.
+        optimizer are not counted. The lowest active layer needs the gradient of its input only at cut 0, where the embedding
+        below it is trained.
         """
-        active = [1 - cut / self.depth for cut in self.first]
-        cost = [1 + 2 * share - 1 / self.depth for share in active]
-        return float((3 - 1 / self.depth) / np.dot(self.probabilities(1), cost))
+        cost = [1 + 2 * (1 - cut / self.depth) - (cut > 0) / self.depth for cut in self.first]
+        return float(3 / np.dot(self.probabilities(1), cost))
 
     def ceiling_beside(self, fixed: float) -> float:
         """The ceiling where the share `fixed` of a full step, such as the head's, is done in every step."""

@@ -41,11 +41,11 @@ def test_what_layer_sampling_can_save_is_said_with_the_share_of_the_head(report,
     monkeypatch.setattr("trainer.dry_run._memory", lambda setup: [])  # which compiles the step
     drop = {"direction": {"name": "muon"}, "sampling": {"name": "drop_muon", "buckets": 2}}
     text, setup = report(optimizer=drop)
-    # Two layers, cuts 0 and 1: (3 - 1/2) / (1/2 (1 + 2 - 1/2) + 1/2 (1 + 1 - 1/2)).
-    assert "cuts at layers 0, 1; a step is at most 1.250 times as fast" in text
+    # Two layers, cuts 0 and 1: 3 / (1/2 (1 + 2) + 1/2 (1 + 1 - 1/2)).
+    assert "cuts at layers 0, 1; a step is at most 1.333 times as fast" in text
     share = training_flops(setup.model, 16).head_share
     assert share == 6 * 16 * 12 / training_flops(setup.model, 16).per_token
-    assert f"{share:.1%} (with it at most {1 / ((1 - share) / 1.25 + share):.3f} times)" in text
+    assert f"{share:.1%} (with it at most {1 / ((1 - share) * 3 / 4 + share):.3f} times)" in text
 
 
 def test_flops_follow_the_formula(report):
