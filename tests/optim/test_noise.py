@@ -13,7 +13,7 @@ from flax import nnx
 
 import optim
 from optim.layerwise.noise import multipliers_of
-from optim.options import LANTON
+from optim.options import LANTON, Optimizer
 from strata import ConfigError
 
 jit = functools.partial(
@@ -126,6 +126,31 @@ def test_planted_noise_is_found(model, params, gradients, estimator):
     for path, shape in (("blocks.up", (8, 20)), ("blocks.query", (8, 8))):
         found = np.mean(state.layerwise.inner.noise[path])
         assert found == pytest.approx(2 * scale**2 * expected_square(shape), rel=0.12)
+
+
+def test_independent_noise_is_that_of_clipped_gradients(model, params, gradients):
+    """A difference that is given before clipping shrinks by the factor of the gradient."""
+
+    def difference(k, factor=1.0):
+        return jax.tree.map(lambda x: factor * x, gradients(k + 50))
+
+    factor = 0.5 / float(optim.global_norm(gradients(1)))
+    assert factor < 1
+    config = setting(estimator="independent", nuclear="bound")
+    _, clipped = run(config | {"clip_norm": 0.5}, model, params, gradients, 1, gradient_difference=difference)
+    shrunk = functools.partial(difference, factor=factor)
+    _, plain = run(config, model, params, gradients, 1, gradient_difference=shrunk)
+    for path, noise in clipped.layerwise.inner.noise.items():
+        np.testing.assert_allclose(noise, plain.layerwise.inner.noise[path], rtol=1e-4)
+
+
+def test_any_layerwise_rate_may_ask_for_a_second_gradient():
+    class Asking:
+        needs_second_gradient = True
+
+    assert Optimizer(layerwise=Asking()).needs_second_gradient
+    assert Optimizer(layerwise=LANTON(estimator="independent")).needs_second_gradient
+    assert not Optimizer(layerwise=LANTON()).needs_second_gradient and not Optimizer().needs_second_gradient
 
 
 def test_the_independent_estimator_says_what_it_lacks(model, params, gradients):
