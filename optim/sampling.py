@@ -98,8 +98,9 @@ class Cuts:
         """Largest possible ratio of step times, every layer active over drawn cuts, at the start of the run.
 
         Forward, gradients of weights and of activations cost 1 each, spread evenly over the layers; embedding, head and the
-        optimizer are not counted. The lowest active layer needs the gradient of its input only at cut 0, where the embedding
-        below it is trained.
+        optimizer are not counted. The lowest active layer needs the gradient of its input at cut 0, where the embedding below
+        it is trained; at other cuts only for gains before its matrices, which this bound leaves out (counted, as the models
+        here need it, the cost of a cut is 1 + 2 share).
         """
         cost = [1 + 2 * (1 - cut / self.depth) - (cut > 0) / self.depth for cut in self.first]
         return float(3 / np.dot(self.probabilities(1), cost))

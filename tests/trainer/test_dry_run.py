@@ -48,6 +48,16 @@ def test_what_layer_sampling_can_save_is_said_with_the_share_of_the_head(report,
     assert f"{share:.1%} (with it at most {1 / ((1 - share) * 3 / 4 + share):.3f} times)" in text
 
 
+def test_a_cut_among_layers_that_run_in_parallel_is_said_to_save_nothing_there(report, monkeypatch):
+    monkeypatch.setattr("trainer.dry_run._memory", lambda setup: [])
+    drop = {"direction": {"name": "muon"}, "sampling": {"name": "drop_muon", "buckets": 2}}
+    sentence = "layers from 0 on run in parallel and are differentiated together, so that cuts at 1 save no more than one at 0"
+    text, _ = report(optimizer=drop, model__depth={"name": "layer_parallel", "layers": 2})
+    assert sentence in text
+    text, _ = report(optimizer=drop, model__depth={"name": "layer_parallel", "layers": 1})
+    assert "run in parallel" not in text
+
+
 def test_flops_follow_the_formula(report):
     _, setup = report()
     width, layers, hidden, length, vocabulary = 16, 2, 48, 16, 12
