@@ -124,6 +124,7 @@ def test_muon_update_compares_with_optax_on_the_same_matrices_and_tells_its_shar
     assert ratios["Strata"]["over_optax"]["count"] == 2 and ratios["optax"]["over_optax"]["median"] == 1
     assert found["step"]["share"]["median"] == 0.25 and found["step"]["tokens"] == 32
     out = capsys.readouterr().out
+    assert found["dtype"] == {"optax": "float32", "Strata": "float32"} and "optax float32, Strata float32" in out
     assert "Strata / optax" in out and "share of step time: the update 100.00 ms of 400.00 ms, 0.250" in out
 
 
@@ -220,7 +221,10 @@ def test_benchmarks_of_the_optimizer_run_as_they_are(run_here, name):
     if name == "drop_muon":
         (one,) = found["races"]
         assert one["loss"] > 0 and all(own["seconds"] > 0 and own["steps"] <= 6 for own in one["entries"].values())
-        assert found["model"]["uniform_ceilings"] == {"1": 1.0, "2": pytest.approx(4 / 3)} and 0 < found["model"]["flops_share"]["head"] < 1
+        assert (
+            found["model"]["uniform_ceilings"] == {"1": 1.0, "2": pytest.approx(4 / 3)}
+            and 0 < found["model"]["flops_share"]["head"] < 1
+        )
 
 
 def test_a_race_is_told_at_the_lowest_loss_that_all_reach():
