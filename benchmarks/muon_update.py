@@ -4,10 +4,12 @@
     python -m benchmarks.muon_update --shapes 6x256x256,... --pairs 20
 
 A set of shapes is `COUNTxROWSxCOLUMNS` joined by `+`; the default sets are the matrices of four transformer blocks at several
-widths, and squares, rectangles and thin matrices alone. Both run five steps of Jordan's polynomial in float32, momentum,
-Nesterov, apply the update and donate weights and state. Segments alternate and the ratio is taken within each pair. Beside it:
-the same matrices stacked as the models here hold them; and the share of the whole update, clipping and AdamW of the other
-parameters included, in a training step of `configs/tiny.py` (`--set model.width=256 ...`), timed in turns as well.
+widths, and squares, rectangles and thin matrices alone. Both run five steps of Jordan's polynomial, momentum, Nesterov, apply
+the update and donate weights and state. Weights are float32; inside Newton-Schulz optax stays there, and Strata does on CPU but
+takes bfloat16 elsewhere, as Muon's own code, so that a ratio on an accelerator is one of different precisions (`dtype`).
+Segments alternate and the ratio is taken within each pair. Beside it: the same matrices stacked as the models here hold them;
+and the share of the whole update, clipping and AdamW of the other parameters included, in a training step of
+`configs/tiny.py` (`--set model.width=256 ...`), timed in turns as well.
 
 Targets: never slower at any shape; goal at most 0.55 of optax's time on CPU and 0.5 on a GPU.
 """
@@ -174,6 +176,8 @@ def share_of_step(changes: list[tuple[str, str]], pairs: int, seconds: float, pa
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
+    import jax
+
     arguments = parser(__doc__)
     arguments.add_argument("--shapes", nargs="+", default=None, help="sets of shapes, such as 16x256x256+4x256x1024")
     arguments.add_argument("--pairs", type=int, default=12, help="segments of every contestant")
@@ -200,7 +204,11 @@ def main(argv: list[str] | None = None) -> None:
             ]
         )
     columns = ["24 matrices", "optax ms", "Strata ms", "Strata / optax", "in quiet pairs", "stacked / optax"]
-    notes = [f"ratios: median [95 %] of times within pairs; quiet: others use <= {QUIET} cores."]
+    inside = {"optax": "float32", "Strata": "float32" if jax.default_backend() == "cpu" else "bfloat16"}
+    notes = [
+        f"ratios: median [95 %] of times within pairs; quiet: others use <= {QUIET} cores.",
+        f"inside Newton-Schulz: {', '.join(f'{name} {dtype}' for name, dtype in inside.items())}",
+    ]
     show("one Muon update, five Newton-Schulz steps", columns, rows, notes)
     step = share_of_step(overrides(chosen.set), chosen.pairs, chosen.seconds, patience)
     milliseconds = {name: own["median"] for name, own in step["milliseconds"].items()}
@@ -209,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{shown_ratio(step['share'])}, width {step['width']}, {step['tokens']:,} tokens a step"
     )
     options = {"pairs": chosen.pairs, "seconds": chosen.seconds, "set": chosen.set}
-    write_result("muon_update", {"options": options, "sets": found, "step": step}, chosen.out)
+    write_result("muon_update", {"options": options, "dtype": inside, "sets": found, "step": step}, chosen.out)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ MUON = {"name": "muon", "learning_rate": 0.02, "rest": {"name": "adamw", "learni
 DROP = {"optimizer.sampling": {"name": "drop_muon", "buckets": 4}}
 LAYERS, BUCKETS = 8, 4
 STEPS = {"smoke": 12, "laptop": 400, "gpu": 800, "paper": 5000}
-CEILING = (3 - 1 / LAYERS) / (1 + (BUCKETS + 1) / BUCKETS - 1 / LAYERS)
+CEILING = 3 / (1 + (BUCKETS + 1) / BUCKETS - (BUCKETS - 1) / (BUCKETS * LAYERS))
 """Work of a step over that of Drop-Muon's with uniform draws, embedding, head and optimizer not counted (`optim.cuts`)."""
 
 

@@ -40,6 +40,11 @@ class Transformer(nnx.Module):
             shape = (model.width, vocab_size)
             self.head_kernel = parameter(rngs, shape, normal(model.head_std), role="head", axes=("embed", "vocab"))
         self.embedding_norm = make_norm(model, "embedding", rngs=rngs) if model.placement.embedding_norm else None
+        if self.embedding_norm is not None:
+            # It acts before the first layer and is frozen with it, like the embedding.
+            for _, variable in nnx.iter_graph(self.embedding_norm):
+                if isinstance(variable, nnx.Param):
+                    variable.set_metadata("positions", (0,))
         # A strategy that is a module has parameters of its own, such as a router's; others are made when they are asked for.
         strategy = implementation(model.depth)
         self.depth = strategy(model.depth, model, rngs=rngs) if issubclass(strategy, nnx.Module) else None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optim.averaging import average as average
     from optim.directions.adamw import adamw as adamw
     from optim.directions.lmo import dual_norm as dual_norm
+    from optim.directions.lmo import lmo as lmo
     from optim.directions.muon import muon as muon
     from optim.directions.muon import scale_by_muon as scale_by_muon
     from optim.directions.newton_schulz import newton_schulz as newton_schulz
@@ -44,6 +45,7 @@ _homes = {
     "dual_norm": "optim.directions.lmo",
     "global_norm": "optim.recipe",
     "hill_alpha": "optim.layerwise.spectrum",
+    "lmo": "optim.directions.lmo",
     "multipliers": "optim.recipe",
     "muon": "optim.directions.muon",
     "newton_schulz": "optim.directions.newton_schulz",

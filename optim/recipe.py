@@ -117,8 +117,8 @@ def build(
         cut: a Python int, the first active layer, of the transformation that has layer sampling; 0: every layer. Weights and
           state below are unchanged, bit for bit. A gradient then has all its rows, those of frozen layers being ignored, or
           only the active ones; that of a parameter without an active layer may be None. The norm is of the active rows.
-        gradient_difference: a tree like the gradients, the difference of two independent ones at the same weights; LANTON's
-          independent estimator needs it.
+        gradient_difference: a tree like the gradients, the difference of two independent ones at the same weights, before
+          clipping, which shrinks both alike; LANTON's independent estimator needs it.
       Peak rates and schedule are not in the program when `rates` is given: changing them compiles nothing.
 
     Raises:
@@ -173,16 +173,16 @@ def build(
             rates = {name: peak * schedules[name](count, jnp) for name, peak in peaks.items()}
         elif set(rates) != set(peaks):
             raise ValueError(f"rates of groups {sorted(rates)}, expected {sorted(peaks)}")
+        difference = None if gradient_difference is None else _flat(gradient_difference, declared, "differences")
         if optimizer.clip_norm is not None:
             norm = global_norm(gradients) if grad_norm is None else grad_norm
             # At most 1, and 1 for a zero gradient; a norm that is not finite stays visible in the updates.
             shrink = optimizer.clip_norm / jnp.maximum(norm, optimizer.clip_norm)
             gradients = {path: g * shrink.astype(g.dtype) for path, g in gradients.items()}
+            # Noise is that of the gradients that move the weights, so it shrinks with them.
+            difference = difference and {path: d * shrink.astype(d.dtype) for path, d in difference.items()}
         scales = state.layerwise
         if layerwise:
-            difference = (
-                gradient_difference if gradient_difference is None else _flat(gradient_difference, declared, "differences")
-            )
             scales = layerwise.update(_seen(gradients, whole, count, declared, frozen, difference), state.layerwise)
         after, steps_of = {}, {}
         for name, direction in directions.items():

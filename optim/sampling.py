@@ -3,7 +3,8 @@
 An update draws its *cut*, the first active layer: weights and optimizer state of every layer below are left as they are, bit
 for bit, and the backward pass stops there. A step is compiled for each cut that can be drawn, so they are few ("buckets").
 
-What belongs to no layer goes with an end: embedding and tables are active only when layer 0 is, head and final norm always.
+What belongs to no layer goes with an end: embedding and tables are active only when layer 0 is, head and final norm always; a
+parameter without a layer axis that declares a place, as the norm of the embedding does, goes with the layer there.
 The learning rates are not rescaled by how often a layer is active. A block that a looped model uses several times stands where
 it is used first: below the cut its weights are frozen, while gradients of active blocks still pass through it in later rounds.
 """
@@ -97,11 +98,12 @@ class Cuts:
         """Largest possible ratio of step times, every layer active over drawn cuts, at the start of the run.
 
         Forward, gradients of weights and of activations cost 1 each, spread evenly over the layers; embedding, head and the
-        optimizer are not counted. The lowest active layer needs no gradient of its input.
+        optimizer are not counted. The lowest active layer needs the gradient of its input at cut 0, where the embedding below
+        it is trained; at other cuts only for gains before its matrices, which this bound leaves out (counted, as the models
+        here need it, the cost of a cut is 1 + 2 share).
         """
-        active = [1 - cut / self.depth for cut in self.first]
-        cost = [1 + 2 * share - 1 / self.depth for share in active]
-        return float((3 - 1 / self.depth) / np.dot(self.probabilities(1), cost))
+        cost = [1 + 2 * (1 - cut / self.depth) - (cut > 0) / self.depth for cut in self.first]
+        return float(3 / np.dot(self.probabilities(1), cost))
 
     def ceiling_beside(self, fixed: float) -> float:
         """The ceiling where the share `fixed` of a full step, such as the head's, is done in every step."""

@@ -103,12 +103,21 @@ def _sampling(setup: Setup, flops: Flops) -> list[str]:
     cuts = setup.cuts
     if cuts is None:
         return []
-    return [
+    depth = setup.config.model.depth
+    together = setup.config.model.layers - depth.layers if getattr(depth, "forward", "") == "parallel" else None
+    inside = [] if together is None else [str(cut) for cut in cuts.first if cut > together]
+    lines = [
         f"layer sampling: cuts at layers {', '.join(map(str, cuts.first))}; a step is at most {cuts.ceiling:.3f} times as fast "
         f"as one of every layer, counting blocks alone. Of a full step's FLOPs the head, which no cut leaves out, has "
         f"{flops.head_share:.1%} (with it at most {cuts.ceiling_beside(flops.head_share):.3f} times) and the embedding 0.0%: "
         "its rows are looked up"
     ]
+    if inside:
+        lines.append(
+            f"      these do not hold: layers from {together} on run in parallel and are differentiated together, so that cuts "
+            f"at {', '.join(inside)} save no more than one at {together} would"
+        )
+    return lines
 
 
 def _memory(setup: Setup) -> list[str]:

@@ -181,7 +181,7 @@ class Config:
                     "data.batch_size",
                     (f"{size} sequences in {parts} micro-batches do not divide over mesh.data x mesh.fsdp = {shards} devices"),
                 )
-            elif getattr(self.optimizer.layerwise, "estimator", None) == "independent" and (size // parts) % (2 * shards):
+            elif self.optimizer.needs_second_gradient and (size // parts) % (2 * shards):
                 yield (
                     "data.batch_size",
                     "noise by independent gradients takes halves of every micro-batch: give an even number",

@@ -223,7 +223,7 @@ class Setup:
 
 def needs_halves(config: Config) -> bool:
     """Whether the optimizer measures noise by two halves of each batch."""
-    return getattr(config.optimizer.layerwise, "estimator", None) == "independent"
+    return config.optimizer.needs_second_gradient
 
 
 def keys(path: Any) -> tuple[str, ...]:

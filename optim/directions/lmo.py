@@ -81,6 +81,43 @@ def direction_of(x: jax.Array, norm: str, *, stacked: bool = False, coefficients
     return (x32 * jnp.where(mean > 0, jax.lax.rsqrt(jnp.where(mean > 0, mean, 1)), 0)).astype(x.dtype)
 
 
+def lmo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    norm: str = "spectral",
+    momentum: float = 0.95,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    coefficients: str = "jordan",
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum through the oracle of one norm as a plain optax transformation over any tree (arXiv:2502.07529).
+
+        m <- momentum m + g
+        w <- w - rate (direction of unit norm with the largest product with m + weight_decay w)
+
+    Args:
+      learning_rate: a number or a schedule of optax.
+      norm: "spectral", of leaves [..., in, out] whose every matrix is one; "largest" or "rms", of whole leaves.
+      momentum, nesterov, coefficients: as in `optim.options.LMO`.
+      weight_decay: decoupled, times the rate.
+
+    Raises:
+      ValueError: another norm.
+    """
+    if norm not in ("spectral", "largest", "rms"):
+        raise ValueError(f"norm is 'spectral', 'largest' or 'rms', not {norm!r}")
+
+    def unit(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda x: direction_of(x, norm, coefficients=coefficients), updates)
+
+    return optax.chain(
+        optax.trace(momentum, nesterov),
+        optax.stateless(unit),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def rules(chosen: options.LMO, *, roles: tuple[str, ...] = ROLES, name: str = "all") -> tuple[Rule, ...]:
     """A group a norm: "matrix", "table", "vector"."""
     groups = (

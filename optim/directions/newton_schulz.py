@@ -6,14 +6,20 @@ and leaves the singular vectors alone.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 Polynomial = tuple[float, float, float]
+
+WHOLE_OVER = ("data",)
+"""Mesh axes over which weights are not split: every device along them makes the same update."""
 
 _jordan = (3.4445, -4.7750, 2.0315)
 _quintic = (2.0, -1.5, 0.5)
@@ -122,6 +128,9 @@ def newton_schulz(
 
     On CPU the leading axes run one matrix at a time, elsewhere as one batch: XLA:CPU runs batched products slower than plain
     ones. Under `jax.vmap` the batch stays a batch on every device.
+
+    On the mesh in use (`jax.set_mesh`) whole matrices are shared out over as many devices as divide their number: left to
+    itself the compiler gathers every matrix on every device, since each product needs all of one.
     """
     chosen = polynomials(coefficients, steps)
     if x.ndim < 2:
@@ -142,13 +151,46 @@ def newton_schulz(
         z = (_gram if gram else _plain)(unit, chosen).astype(x.dtype)
         return z.mT if tall else z
 
+    def each(matrices: jax.Array) -> jax.Array:
+        if not cpu or len(matrices) == 0:
+            return orthogonalize(matrices)
+        if len(matrices) == 1:
+            return orthogonalize(matrices[0])[None]
+        return jax.lax.map(orthogonalize, matrices)
+
     with jax.named_scope("newton_schulz"):
         matrices = x.reshape(-1, *x.shape[-2:])
-        if not cpu or len(matrices) == 0:
-            return orthogonalize(x)
-        if len(matrices) == 1:
-            return orthogonalize(matrices[0]).reshape(x.shape)
-        return jax.lax.map(orthogonalize, matrices).reshape(x.shape)
+        axes = _axes_that_share(len(matrices))
+        if not axes:
+            return each(matrices).reshape(x.shape)
+        # One mesh axis at a time, there and back: moving two at once, the compiler would gather everything after all.
+        for i in range(1, len(axes)):
+            matrices = _over(matrices, axes[:i])
+        spec = PartitionSpec(axes)
+        done = jax.shard_map(each, in_specs=spec, out_specs=spec, check_vma=False)(matrices)
+        for i in range(len(axes) - 1, 0, -1):
+            done = _over(done, axes[:i])
+        return done.reshape(x.shape)
+
+
+def _over(matrices: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[N, m, n] with the first axis split over mesh axes, the others as the compiler has them."""
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(matrices, PartitionSpec(axes, free, free))
+
+
+def _axes_that_share(count: int) -> tuple[str, ...]:
+    """The axes of the mesh in use whose devices share out `count` matrices evenly, as many devices as possible; () if none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return ()
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in WHOLE_OVER}
+
+    def devices(names: tuple[str, ...]) -> int:
+        return math.prod(sizes[name] for name in names)
+
+    choices = (names for number in range(len(sizes) + 1) for names in itertools.combinations(sizes, number))
+    return max((names for names in choices if count % devices(names) == 0), key=devices) if count else ()
 
 
 def newton_schulz_leaves(

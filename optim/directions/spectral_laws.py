@@ -1,8 +1,9 @@
 """Power laws of the momentum's spectrum: `s_q = c M^-alpha` by kind of matrix and depth (arXiv:2606.04058).
 
 s_q is the singular value of descending rank ceil(q r) over the Frobenius norm, M the number of parameters. Exponents are
-second hand. Of the constants two are known (value at 300 B); they put the median of both matrices at 1.2e-2 to 1.3e-2 for the
-smallest model of 77 M, and every other law here is set to 1.25e-2 there: a choice of this project. Of the two final MLP
+second hand; 0.25 before the last layer is that of query, key, value and output, and for gate, up and down, where none was
+found, it is assumed. Of the constants two are known (value at 300 B); they put the median of both matrices at 1.2e-2 to 1.3e-2
+for the smallest model of 77 M, and every other law here is set to 1.25e-2 there: a choice of this project. Of the two final MLP
 matrices one has 0.96 and the other 0.52, and sources disagree which; both are treated as the steeper one.
 """
 

@@ -42,14 +42,15 @@ def llr(chosen: options.LLR, declared: Mapping[str, Parameter], groups: Any, ste
     """LLR: every matrix, measured at step 1 and every `interval` in the first `adapt` of the run, each change a linear ramp.
 
     As released embedding and head have the largest multiplier, everything else the smallest. The ramp is of the multiplier,
-    where
-    the code ramps the rate to where the schedule will be: the same while the schedule is straight. The code's last measurement
-    falls on the last adaptive step and acts for about one step; here the last one is such that its ramp ends within `adapt`.
+    where the code ramps the rate to where the schedule will be: the same while the schedule is straight. The code's last
+    measurement falls on the last adaptive step and acts for about one step; here the last one is such that its ramp ends within
+    `adapt`. Step 1 measures in any run, so where its ramp would not end within `adapt` ramps are as long as is left after it.
     """
     del groups
     limit = int(chosen.adapt * steps)
+    ramp = min(chosen.ramp, max(0, limit - 1))
     outer = ("embedding", "head") if chosen.outer == "most" else ()
-    return _build(chosen, declared, ramp=chosen.ramp, last=limit - chosen.ramp, outer=outer, untuned="least")
+    return _build(chosen, declared, ramp=ramp, last=limit - ramp, outer=outer, untuned="least")
 
 
 def frozen(chosen: options.Frozen, declared: Mapping[str, Parameter], groups: Any, steps: int | None) -> Layerwise:
@@ -66,7 +67,10 @@ def temp_balance(chosen: options.TempBalance, declared: Mapping[str, Parameter],
 
 
 def alpha_decay(chosen: options.AlphaDecay, declared: Mapping[str, Parameter], groups: Any, steps: int | None) -> Layerwise:
-    """AlphaDecay: TempBalance's map on the weight decay. As released the very first matrix is not tuned."""
+    """AlphaDecay: TempBalance's map on the weight decay of every matrix or, without `ends`, of those between the end layers.
+
+    As released the first linear layer, the query of layer 0, is the only matrix that is not tuned; there is no arm for that.
+    """
     del groups, steps
     return _build(chosen, declared, ends=chosen.ends, of_decay=True)
 

@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     weights: Mapping[str, jax.Array]
     count: jax.Array  # int32[], the update; the first is 1
     active: Mapping[str, Any]  # bool [layers] or [] by path: which layers this update touches; a missing path: all
-    difference: Mapping[str, jax.Array] | None  # of two independent gradients at the same weights, if the step gave it
+    difference: Mapping[str, jax.Array] | None  # of two independent gradients at the same weights, shrunk by clipping too
 
 
 class Layerwise(NamedTuple):

@@ -86,6 +86,10 @@ class Orthogonalized:
         if getattr(self.rest, "matrices_only", False):
             label = {"muon": "Muon", "normuon": "NorMuon"}[self.rest.name]
             yield "rest.name", f"{label} is for matrices; embeddings, heads and norms need another direction, such as adamw"
+        if self.newton_schulz is not None:
+            for name, default in (("coefficients", "jordan"), ("iterations", None), ("triples", ())):
+                if getattr(self, name) != default:
+                    yield name, f"newton_schulz = {self.newton_schulz.name!r} chooses among its own candidates; leave this out"
         if len(self.triples) % 3:
             yield "triples", f"{len(self.triples)} numbers are no whole number of triples a, b, c"
         elif self.triples:
@@ -122,6 +126,12 @@ class Muon(Orthogonalized):
 class NorMuon(Orthogonalized):
     """Muon whose output neurons are brought to one scale by a running second moment (arXiv:2510.05491)."""
 
+    learning_rate: float = option(
+        3e-3,
+        "peak rate of matrices; the default is for scaling=rms, whose update has about the size of Adam's, and so is Adam's; "
+        "jordan takes Muon's, about 0.02",
+        least=0,
+    )
     b2: float = option(0.95, "decay of the second moment of each output neuron", least=0, below=1)
     epsilon: float = option(1e-10, "added to the root of the second moment", above=0)
     scaling: str | None = option(

@@ -50,9 +50,13 @@ class LLR(HeavyTail, Spread):
         "linear", "from alpha to multiplier; linear uses least and most, sqrt, log2 and sigmoid do not", among=_assignments
     )
     within: str = option("model", "matrices that are compared: all, or those of one layer", among=("model", "layer"))
-    reverse: bool = option(False, "larger rates for heavier tails (an ablation)")
+    reverse: bool = option(
+        False, "larger rates for heavier tails (an ablation); `outer` stays as it is, so that embedding and head keep `most`"
+    )
     adapt: float = option(0.2, "fraction of the run in which multipliers adapt; then they are frozen", above=0, most=1)
-    ramp: int = option(50, "steps in which a multiplier moves to its new value; 0: at once", least=0)
+    ramp: int = option(
+        50, "steps in which a multiplier moves to its new value, at most what `adapt` has after step 1; 0: none", least=0
+    )
     outer: str = option(
         "most",
         "multiplier of embedding and head: most, as released, or least, as every other parameter",
@@ -154,3 +158,8 @@ class LANTON:
     )
     interval: int = option(10, "steps between measurements of the noise (chosen here for its cost; the paper: 1)", least=1)
     depends_on_steps = False
+
+    @property
+    def needs_second_gradient(self) -> bool:
+        """The independent estimator reads the difference of two gradients at the same weights."""
+        return self.estimator == "independent"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optim.options.roles import Problems, kind_problems
+from optim.options.roles import KINDS, Problems, kind_problems
 from strata import option, options, register
 
 CANDIDATES = ("jordan3", "jordan4", "jordan5", "jordan6", "jordan7", "jordan8", "deepseek10")
@@ -63,11 +63,11 @@ class Predicted(Choice):
             kind, _, bucket = where.partition("@")
             try:
                 c, alpha = (float(word) for word in numbers.split(","))
-                fine = c > 0 and alpha >= 0 and kind and bucket in ("mid_early", "mid", "mid_late", "final", "*")
+                fine = c > 0 and alpha >= 0 and kind in KINDS and bucket in ("mid_early", "mid", "mid_late", "final", "*")
             except ValueError:
                 fine = False
             if not fine:
-                yield "laws", f"{law!r} is not of the form kind@bucket=c,alpha"
+                yield "laws", f"{law!r} is not of the form kind@bucket=c,alpha, with one of {', '.join(KINDS)}"
 
 
 @register("optimizer.newton_schulz", "measured", implementation="optim.directions.layer_aware:measured")
@@ -76,10 +76,21 @@ class Measured(Choice):
     """From the momentum's own spectrum: follow a quantile of its singular values, choose, re-check with hysteresis."""
 
     quantile: float = option(0.5, "descending rank of the singular value that must pass", among=QUANTILES)
-    every: int = option(25, "steps between measurements", least=1)
+    every: int = option(25, "steps between measurements; under layer sampling each bucket of layers counts its own", least=1)
     decay: float = option(0.9, "of the running mean of the logarithm of the quantiles, a measurement", least=0, below=1)
     choose_at: int = option(500, "step of the first choice; until then the last candidate is used", least=1)
     recheck: int = option(0, "steps between later checks; 0: the choice is frozen", least=0)
     hysteresis: float = option(
         1.5, "a later check changes a choice only if the value clears the threshold by this factor", least=1
     )
+
+    def problems(self) -> Problems:
+        """As of the choice, and something must be measured before it."""
+        yield from Choice.problems(self)
+        if self.every > self.choose_at:
+            yield "every", f"nothing would be measured before the choice at step {self.choose_at}"
+
+    def problems_over(self, steps: int) -> Problems:
+        """A run must reach its choice."""
+        if self.choose_at > steps:
+            yield "choose_at", f"the run of {steps} steps ends before the choice, and the last candidate would serve all of it"

@@ -22,10 +22,14 @@ class Optimizer:
     schedule: object = part("optimizer.schedule", "cosine", "multiplier of every rate over the run")
     clip_norm: float | None = option(1.0, "largest global norm of the gradient; None: no clipping", above=0)
 
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Every chosen part of the recipe by the field that holds it, the common schedule first."""
+        for name in ("schedule", "layerwise", "sampling", "direction"):
+            yield from _with_inner_parts(getattr(self, name), name)
+
     def schedules(self) -> Iterator[tuple[str, Any]]:
         """Every schedule of the recipe by the field that holds it, the common one first."""
-        yield "schedule", self.schedule
-        yield from _inner_schedules(self.direction, "direction")
+        yield from ((path, chosen) for path, chosen in self.parts() if type(chosen).kind == "optimizer.schedule")
 
     @property
     def depends_on_steps(self) -> bool:
@@ -35,25 +39,38 @@ class Optimizer:
 
     @property
     def needs_second_gradient(self) -> bool:
-        """Whether `update` wants `gradient_difference` (LANTON's independent estimator)."""
-        return getattr(self.layerwise, "estimator", None) == "independent"
+        """Whether `update` wants `gradient_difference`: the layerwise rate says so by an attribute of this name."""
+        return bool(getattr(self.layerwise, "needs_second_gradient", False))
 
     def problems_over(self, steps: int) -> Problems:
         """What cannot work in a run of `steps` updates."""
-        for path, schedule in self.schedules():
-            for name, message in schedule.problems_over(steps):
-                yield f"{path}.{name}", message
+        for path, chosen in self.parts():
+            if hasattr(chosen, "problems_over"):
+                for name, message in chosen.problems_over(steps):
+                    yield f"{path}.{name}", message
+        found: dict[int, str] = {}
+        for path, own in self._milestones(steps):
+            for step, name in own.items():
+                other = next((other for other, known in found.items() if known == name), step)
+                if other != step or found.get(step, name) != name:
+                    clash = f"another schedule's {found[other]!r} is of step {other}"
+                    yield f"{path}.name", f"names the checkpoint of step {step} {name!r}; {clash}"
+                found.setdefault(step, name)
 
     def milestones(self, steps: int) -> dict[int, str]:
-        """Updates after which the state is worth keeping under a name, by the common schedule."""
-        return self.schedule.milestones(steps) if hasattr(self.schedule, "milestones") else {}
+        """Updates after which the state is worth keeping under a name, by every schedule of the recipe."""
+        return {step: name for _, own in self._milestones(steps) for step, name in own.items()}
+
+    def _milestones(self, steps: int) -> Iterator[tuple[str, dict[int, str]]]:
+        for path, schedule in self.schedules():
+            if hasattr(schedule, "milestones"):
+                yield path, schedule.milestones(steps)
 
 
-def _inner_schedules(direction: Any, path: str) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(direction):
-        value = getattr(direction, field.name)
-        kind = getattr(type(value), "kind", None)
-        if kind == "optimizer.schedule":
-            yield f"{path}.{field.name}", value
-        elif kind == "optimizer.direction":
-            yield from _inner_schedules(value, f"{path}.{field.name}")
+def _with_inner_parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """A part and the parts that are its fields, at any depth; nothing for None."""
+    if getattr(type(value), "kind", None) is None:
+        return
+    yield path, value
+    for field in dataclasses.fields(value):
+        yield from _with_inner_parts(getattr(value, field.name), f"{path}.{field.name}")

@@ -216,7 +216,7 @@ class CyclicCosine(Budgets):
 class Infinite(Warmup):
     """Cool down to a constant rate that can go on for ever, then anneal (arXiv:2403.08763, as in the code of 2503.02844)."""
 
-    cooldown: int = option(0, "steps from the full rate to the constant one, after the warm-up", least=0)
+    cooldown: int = option(0, "steps from the full rate to a lower constant one, after the warm-up", least=0)
     shape: str = option("cosine", "form of the cooldown; inverse_sqrt with tau = 10", among=("cosine", "inverse_sqrt"))
     constant: float = option(0.1, "the constant rate, as a fraction of the full rate", above=0, most=1)
     anneal: int = option(0, "steps of exponential anneal at the end of the run; 0: none, and the run may be extended", least=0)
@@ -230,7 +230,13 @@ class Infinite(Warmup):
         return self.anneal > 0
 
     def problems(self) -> Problems:
-        """Phases follow each other."""
+        """Phases follow each other, and the constant rate is reached by a cooldown."""
+        if self.constant < 1 and not self.cooldown:
+            yield (
+                "cooldown",
+                f"without one the run is at {self.constant:g} of the full rate from the start; the code of arXiv:2503.02844 "
+                "takes a tenth of the run",
+            )
         if self.final > self.constant:
             yield "final", f"above the constant fraction of {self.constant:g}"
         starts = (0, *self.tasks)

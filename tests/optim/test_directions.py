@@ -15,7 +15,8 @@ import optim
 from optim.directions.lmo import direction_of, dual_norm
 from optim.directions.muon import scale_by_muon
 from optim.directions.normuon import scale_by_normuon
-from strata import ConfigError
+from optim.options import AdamW, Optimizer
+from strata import ConfigError, resolve
 
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -132,6 +133,34 @@ def test_a_declared_split_reaches_muon_and_the_table():
     tx, alias = optim.build(config, model), scale_by_muon(splits={"qkv": (8, 4, 4)})
     moved, _ = jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(moved["qkv"], -0.02 * jit(alias.update)(params, alias.init(params))[0]["qkv"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["spectral", "largest", "rms"])
+def test_the_plain_form_of_lmo_is_that_of_the_recipe(norm):
+    role = {"spectral": "matrix", "largest": "head", "rms": "factor"}[norm]
+
+    class One(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(normal(6, 9), role=role, axes=("embed", "mlp"))
+            self.matrix = nnx.Param(normal(6, 9), role="matrix", axes=("embed", "mlp"))
+
+    rates = {"learning_rate": 0.1, "table_learning_rate": 0.1, "vector_learning_rate": 0.1, "momentum": 0.5}
+    config = {"direction": {"name": "lmo", **rates}, "schedule": constant, "clip_norm": None}
+    params = nnx.to_pure_dict(nnx.state(One(), nnx.Param))
+    tx, plain = optim.build(config, One()), optim.lmo(0.1, norm=norm, momentum=0.5)
+    state, alone = tx.init(params), plain.init(params["w"])
+    for _ in range(2):
+        moved, state = tx.update(params, state, params)
+        other, alone = plain.update(params["w"], alone, params["w"])
+        np.testing.assert_allclose(moved["w"], other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="norm is 'spectral'"):
+        optim.lmo(0.1, norm="nuclear")
+
+
+def test_the_default_rate_of_normuon_is_for_its_own_scaling():
+    """An update of root mean square 0.2, as Moonlight's and Adam's, takes Adam's rate and not Muon's."""
+    found, _ = resolve(Optimizer, {"direction": {"name": "normuon"}})
+    assert found.direction.scaling == "rms" and found.direction.learning_rate == AdamW().learning_rate
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])

@@ -262,6 +262,9 @@ def test_optimal_activity_is_proportional_to_growing_smoothness():
 def test_the_ceiling_for_many_layers_and_buckets_is_one_and_a_half():
     assert cuts(depth=1000, buckets=1000).ceiling == pytest.approx(1.5, rel=2e-3)
     assert cuts(depth=8, buckets=1).ceiling == 1.0
+    # Only where something below is trained does the lowest active layer need the gradient of its input.
+    assert cuts(depth=2, buckets=2).ceiling == pytest.approx(3 / np.mean([1 + 1 + 1, 1 + 1 / 2]))
+    assert cuts(depth=8, buckets=8).ceiling == pytest.approx(3 / (2 + 1 / 8**2))
     assert cuts(depth=8, buckets=2).ceiling < cuts(depth=8, buckets=4).ceiling < 1.5
 
 

@@ -194,6 +194,14 @@ def test_rates_are_measured_again_at_every_interval_and_frozen_after_their_share
     assert began == [1, 1, 3, 3, 3, 6, 6, 6, 6, 6, 6, 6, 6, 6]
 
 
+@pytest.mark.parametrize(("total", "limit"), [(30, 6), (4, 1)])
+def test_rates_of_a_run_that_is_short_for_the_ramp_are_frozen_after_their_share_too(total, limit):
+    found = rates_after(run(setting({"name": "llr", "interval": 100, "ramp": 50, "adapt": 0.2}), limit + 2, total=total))
+    assert float(found[max(limit, 1) - 1]["embedding"]) == pytest.approx(5)
+    for later in found[limit:]:
+        jax.tree.map(np.testing.assert_array_equal, later, found[limit - 1])
+
+
 def test_a_range_of_one_is_the_plain_optimizer_bit_for_bit():
     one = run(setting({"name": "llr", "least": 1.0, "most": 1.0, "interval": 2}, direction="muon"), 4)[-1][0]
     plain = run({"direction": {"name": "muon"}, "schedule": constant}, 4)[-1][0]

@@ -15,10 +15,10 @@ from optim.directions.layer_aware import grouped, predicted_choices
 from optim.directions.newton_schulz import newton_schulz, scalar_map
 from optim.directions.spectral_laws import MEDIAN_LAWS, bucket
 from optim.directions.thresholds import cheapest, configuration, threshold
-from optim.options import Predicted
+from optim.options import Optimizer, Predicted
 from optim.options.newton_schulz import CANDIDATES
 from optim.roles import Parameter
-from strata import ConfigError
+from strata import ConfigError, resolve
 
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -280,11 +280,30 @@ def test_a_state_of_choices_can_be_donated(planted):
         ({"candidates": ["jordan5", "jordan3"]}, "order of their steps"),
         ({"laws": ["up=1,2"]}, "kind@bucket=c,alpha"),
         ({"laws": ["up@mid=1"]}, "kind@bucket=c,alpha"),
+        ({"laws": ["uo@*=1.0,0.0"]}, "kind@bucket=c,alpha, with one of query"),
     ],
 )
 def test_wrong_candidates_and_laws_are_refused(fields, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build({"name": "predicted", **fields})
+
+
+def test_a_choice_that_nothing_is_measured_for_or_no_run_reaches_is_refused():
+    with pytest.raises(ConfigError, match="(?s)newton_schulz.every.*nothing would be measured before the choice at step 3"):
+        build({"name": "measured", "every": 4, "choose_at": 3})
+    direction = {"name": "muon", "newton_schulz": {"name": "measured", "choose_at": 30}}
+    optimizer, _ = resolve(Optimizer, {"direction": direction, "schedule": constant})
+    assert not list(optimizer.problems_over(30))
+    ((path, message),) = optimizer.problems_over(29)
+    assert path == "direction.newton_schulz.choose_at" and "ends before the choice" in message
+
+
+@pytest.mark.parametrize("field", [{"coefficients": "you6"}, {"iterations": 3}, {"triples": [2.0, -1.5, 0.5]}])
+@pytest.mark.parametrize("direction", ["muon", "normuon"])
+def test_a_polynomial_beside_steps_by_layer_is_refused(direction, field):
+    config = {"name": direction, "newton_schulz": {"name": "predicted"}, **field}
+    with pytest.raises(ConfigError, match=f"(?s)direction.{next(iter(field))}.*chooses among its own candidates"):
+        optim.build({"direction": config, "schedule": constant}, Blocks())
 
 
 def test_a_matrix_of_no_known_kind_is_refused():

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optim
 from optim.layerwise.noise import multipliers_of
-from optim.options import LANTON
+from optim.options import LANTON, Optimizer
 from strata import ConfigError
 
 jit = functools.partial(
@@ -127,9 +128,64 @@ def test_planted_noise_is_found(model, params, gradients, estimator):
         assert found == pytest.approx(2 * scale**2 * expected_square(shape), rel=0.12)
 
 
+def test_independent_noise_is_that_of_clipped_gradients(model, params, gradients):
+    """A difference that is given before clipping shrinks by the factor of the gradient."""
+
+    def difference(k, factor=1.0):
+        return jax.tree.map(lambda x: factor * x, gradients(k + 50))
+
+    factor = 0.5 / float(optim.global_norm(gradients(1)))
+    assert factor < 1
+    config = setting(estimator="independent", nuclear="bound")
+    _, clipped = run(config | {"clip_norm": 0.5}, model, params, gradients, 1, gradient_difference=difference)
+    shrunk = functools.partial(difference, factor=factor)
+    _, plain = run(config, model, params, gradients, 1, gradient_difference=shrunk)
+    for path, noise in clipped.layerwise.inner.noise.items():
+        np.testing.assert_allclose(noise, plain.layerwise.inner.noise[path], rtol=1e-4)
+
+
+def test_any_layerwise_rate_may_ask_for_a_second_gradient():
+    class Asking:
+        needs_second_gradient = True
+
+    assert Optimizer(layerwise=Asking()).needs_second_gradient
+    assert Optimizer(layerwise=LANTON(estimator="independent")).needs_second_gradient
+    assert not Optimizer(layerwise=LANTON()).needs_second_gradient and not Optimizer().needs_second_gradient
+
+
 def test_the_independent_estimator_says_what_it_lacks(model, params, gradients):
     with pytest.raises(ValueError, match="gradient_difference"):
         run(setting(estimator="independent"), model, params, gradients, 1)
+
+
+@pytest.mark.parametrize("floor_of", ["group", "absolute"])
+def test_equal_noise_gives_one_however_seldom_a_layer_is_active(floor_of):
+    """Every layer's gradient changes its sign whenever it is active, so that all differences are alike."""
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Param(jnp.ones((4, 6, 8)), role="matrix", axes=("layer", "embed", "mlp"))
+            self.head = nnx.Param(jnp.ones((6, 11)), role="head", axes=("embed", "vocab"))
+
+    params = nnx.to_pure_dict(nnx.state(Stack(), nnx.Param))
+    config = setting(floor_of=floor_of) | {"sampling": {"name": "drop_muon", "buckets": 4}}
+    tx = optim.build(config, Stack())
+    state, update = tx.init(params), jit(tx.update, static_argnames="cut")
+    one, sign = jax.random.normal(jax.random.key(0), (6, 8)), np.ones(4)
+    for cut in (3, 1, 1, 3, 0, 1, 0, 3):
+        sign[cut:] *= -1
+        g = {"up": jnp.asarray(sign[:, None, None] * np.asarray(one)[None], jnp.float32), "head": params["head"]}
+        _, state = update(g, state, params, cut=cut)
+        np.testing.assert_allclose(optim.multipliers(state)["rate"]["up"], 1.0, rtol=1e-5)
+    assert state.layerwise.inner.times["up"].tolist() == [1, 4, 4, 7]
+
+
+def test_a_layer_without_a_measurement_has_rate_one_and_no_say():
+    chosen, noise = LANTON(floor=1e-3), jnp.asarray([0.0, 1.0, 16.0])
+    np.testing.assert_allclose(multipliers_of(noise, chosen, jnp.asarray([0, 40, 40])), [1.0, 1.0, 0.5], rtol=1e-4)
+    np.testing.assert_array_equal(multipliers_of(jnp.zeros(3), chosen, jnp.zeros(3, jnp.int32)), 1.0)
+    every = multipliers_of(noise, chosen, jnp.full(3, 2))
+    np.testing.assert_array_equal(every, multipliers_of(noise, chosen))
 
 
 def test_measuring_at_intervals_keeps_the_noise_in_between(model, params, gradients):

@@ -206,6 +206,7 @@ def test_an_infinite_schedule_is_continuous_and_its_constant_phase_extends():
         ({"name": "wsd", "shape": "inverse"}, "final", "inverse decay needs"),
         ({"name": "infinite", "tasks": [5], "cooldown": 9}, "tasks", "do not end before 5"),
         ({"name": "infinite", "constant": 0.1, "final": 0.2}, "final", "above the constant"),
+        ({"name": "infinite", "warmup": 5}, "cooldown", "0.1 of the full rate from the start"),
     ],
 )
 def test_phases_that_do_not_fit_are_refused(schedule, field, sentence):
@@ -230,3 +231,35 @@ def test_every_schedule_of_a_recipe_is_checked_against_the_run():
     options, _ = resolve(Optimizer, {"direction": own, "schedule": {"name": "constant"}})
     assert [path for path, _ in options.problems_over(40)] == ["direction.rest.schedule.warmup", "direction.schedule.warmup"]
     assert options.depends_on_steps and not resolve(Optimizer, {"schedule": {"name": "constant"}})[0].depends_on_steps
+
+
+def recipe(common, **own):
+    """A recipe with Muon for matrices, of the common schedule and those of its two groups."""
+    rest = {"schedule": own["rest"]} if "rest" in own else {}
+    direction = {"name": "muon", "rest": rest, **({"schedule": own["matrix"]} if "matrix" in own else {})}
+    return resolve(Optimizer, {"direction": direction, "schedule": common})[0]
+
+
+def test_budgets_of_a_groups_own_schedule_name_checkpoints_too():
+    budgets = {"name": "wsd_s", "budgets": [10, 20]}
+    names = {9: "stable10", 10: "budget10", 18: "stable20", 20: "budget20"}
+    assert recipe({"name": "constant"}, matrix=budgets, rest=budgets).milestones(20) == names
+    assert recipe(budgets).milestones(20) == names
+    assert recipe({"name": "wsd", "decay": 0.25}, rest=budgets).milestones(20) == names | {15: "stable"}
+    assert not list(recipe(budgets, matrix=budgets).problems_over(20))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "sentence"),
+    [
+        (
+            {"name": "wsd", "decay": 0.1},
+            {"name": "wsd"},
+            "step 16 'stable'; another schedule's 'stable' is of step 18",
+        ),
+        ({"name": "wsd", "decay": 0.1}, {"name": "wsd_s", "budgets": [20]}, "step 18 'stable20'; another schedule's 'stable'"),
+    ],
+)
+def test_two_schedules_that_name_checkpoints_differently_are_refused(one, other, sentence):
+    ((path, message),) = recipe(one, rest=other).problems_over(20)
+    assert path == "direction.rest.schedule.name" and sentence in message

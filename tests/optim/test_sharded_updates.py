@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,33 @@ def compare() -> None:
         assert leaf.sharding.shard_shape(leaf.shape) == (2, 4, 10)
 
 
+def share_out() -> None:
+    """Whole matrices are shared out: no device is sent the whole stack, nor anything where they divide over all devices."""
+    tx = optim.muon(0.1)
+    for shape, layers, rows, columns, parts in (
+        ((1, 2, 4), 8, "fsdp", "tensor", 8),
+        ((1, 2, 4), 8, "tensor", "fsdp", 8),
+        ((1, 2, 4), 4, "fsdp", "tensor", 4),
+        ((1, 2, 4), 2, "fsdp", "tensor", 2),
+        ((2, 2, 2), 4, "fsdp", "tensor", 4),
+        ((1, 8, 1), 8, "fsdp", None, 8),
+    ):
+        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        place = NamedSharding(mesh, PartitionSpec(None, rows, columns))
+        x = jax.random.normal(jax.random.key(layers), (layers, 16, 32))
+        alone, _ = jax.jit(tx.update)(x, tx.init(x), x)
+        with jax.set_mesh(mesh):
+            state = jax.device_put(tx.init(x), place)
+            update = jax.jit(tx.update, out_shardings=(place, place))
+            placed = jax.device_put(x, place)
+            program = update.lower(placed, state, placed).compile().as_text()
+            moved, _ = update(placed, state, placed)
+        np.testing.assert_allclose(moved, alone, atol=2e-6)
+        gathered = re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather\(", program)
+        largest = max((math.prod(int(size) for size in found.split(",")) for found in gathered), default=0)
+        assert largest <= (0 if parts == mesh.size // shape[0] else x.size // 2), (shape, layers, rows, gathered)
+
+
 def test_sharded_updates_equal_those_of_one_device():
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parents[2]), str(here.parent)])
@@ -75,3 +104,4 @@ def test_sharded_updates_equal_those_of_one_device():
 
 if __name__ == "__main__":
     compare()
+    share_out()

@@ -41,11 +41,21 @@ def test_what_layer_sampling_can_save_is_said_with_the_share_of_the_head(report,
     monkeypatch.setattr("trainer.dry_run._memory", lambda setup: [])  # which compiles the step
     drop = {"direction": {"name": "muon"}, "sampling": {"name": "drop_muon", "buckets": 2}}
     text, setup = report(optimizer=drop)
-    # Two layers, cuts 0 and 1: (3 - 1/2) / (1/2 (1 + 2 - 1/2) + 1/2 (1 + 1 - 1/2)).
-    assert "cuts at layers 0, 1; a step is at most 1.250 times as fast" in text
+    # Two layers, cuts 0 and 1: 3 / (1/2 (1 + 2) + 1/2 (1 + 1 - 1/2)).
+    assert "cuts at layers 0, 1; a step is at most 1.333 times as fast" in text
     share = training_flops(setup.model, 16).head_share
     assert share == 6 * 16 * 12 / training_flops(setup.model, 16).per_token
-    assert f"{share:.1%} (with it at most {1 / ((1 - share) / 1.25 + share):.3f} times)" in text
+    assert f"{share:.1%} (with it at most {1 / ((1 - share) * 3 / 4 + share):.3f} times)" in text
+
+
+def test_a_cut_among_layers_that_run_in_parallel_is_said_to_save_nothing_there(report, monkeypatch):
+    monkeypatch.setattr("trainer.dry_run._memory", lambda setup: [])
+    drop = {"direction": {"name": "muon"}, "sampling": {"name": "drop_muon", "buckets": 2}}
+    sentence = "layers from 0 on run in parallel and are differentiated together, so that cuts at 1 save no more than one at 0"
+    text, _ = report(optimizer=drop, model__depth={"name": "layer_parallel", "layers": 2})
+    assert sentence in text
+    text, _ = report(optimizer=drop, model__depth={"name": "layer_parallel", "layers": 1})
+    assert "run in parallel" not in text
 
 
 def test_flops_follow_the_formula(report):

@@ -40,6 +40,7 @@ USUAL: list[Case] = [
     ((4, 2, 1), "adamw", 2),
     (ONE, "muon", 1),
     ((2, 1, 4), "muon", 1),
+    ((2, 2, 2), "muon", 1),  # whose devices share out the matrices
 ]
 LAYERED: list[Case] = [(ONE, "layered", 1), ((2, 2, 2), "layered", 2)]
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) <= 8]
