@@ -48,23 +48,18 @@ class Optimizer:
             if hasattr(chosen, "problems_over"):
                 for name, message in chosen.problems_over(steps):
                     yield f"{path}.{name}", message
-        found: dict[int, str] = {}
-        for path, own in self._milestones(steps):
-            for step, name in own.items():
-                other = next((other for other, known in found.items() if known == name), step)
-                if other != step or found.get(step, name) != name:
-                    clash = f"another schedule's {found[other]!r} is of step {other}"
-                    yield f"{path}.name", f"names the checkpoint of step {step} {name!r}; {clash}"
-                found.setdefault(step, name)
 
     def milestones(self, steps: int) -> dict[int, str]:
-        """Updates after which the state is worth keeping under a name, by every schedule of the recipe."""
-        return {step: name for _, own in self._milestones(steps) for step, name in own.items()}
+        """Updates after which the state is worth keeping under a name, by every schedule of the recipe.
 
-    def _milestones(self, steps: int) -> Iterator[tuple[str, dict[int, str]]]:
+        The common schedule names first. A name that stands for another step already gets the place of its schedule behind it,
+        such as `stable-direction.rest.schedule`; a step keeps its first name.
+        """
+        found: dict[int, str] = {}
         for path, schedule in self.schedules():
-            if hasattr(schedule, "milestones"):
-                yield path, schedule.milestones(steps)
+            for step, name in schedule.milestones(steps).items() if hasattr(schedule, "milestones") else ():
+                found.setdefault(step, f"{name}-{path}" if name in found.values() else name)
+        return found
 
 
 def _with_inner_parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:

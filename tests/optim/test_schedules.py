@@ -249,17 +249,7 @@ def test_budgets_of_a_groups_own_schedule_name_checkpoints_too():
     assert not list(recipe(budgets, matrix=budgets).problems_over(20))
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "sentence"),
-    [
-        (
-            {"name": "wsd", "decay": 0.1},
-            {"name": "wsd"},
-            "step 16 'stable'; another schedule's 'stable' is of step 18",
-        ),
-        ({"name": "wsd", "decay": 0.1}, {"name": "wsd_s", "budgets": [20]}, "step 18 'stable20'; another schedule's 'stable'"),
-    ],
-)
-def test_two_schedules_that_name_checkpoints_differently_are_refused(one, other, sentence):
-    ((path, message),) = recipe(one, rest=other).problems_over(20)
-    assert path == "direction.rest.schedule.name" and sentence in message
+def test_two_schedules_with_one_name_for_two_steps_are_told_apart():
+    one, other = {"name": "wsd", "decay": 0.1}, {"name": "wsd", "decay": 0.2}
+    assert recipe(one, rest=other).milestones(20) == {18: "stable", 16: "stable-direction.rest.schedule"}
+    assert recipe(one, rest={"name": "wsd_s", "budgets": [20]}).milestones(20) == {18: "stable", 20: "budget20"}
