@@ -46,7 +46,11 @@ def test_low_precision_stays_close_to_float64_and_states_are_float32(problem, rm
 
 @pytest.mark.parametrize("op", ("delta_rule", "gated_delta_rule"))
 def test_reflections_along_one_key_keep_their_digits_in_float32(problem, rms, op):
-    """Identical keys, beta = 2, no decay: nothing damps a rounding, so the bounds are wider than elsewhere."""
+    """Identical keys, beta = 2, no decay: nothing damps a rounding, so the bounds are wider than elsewhere.
+
+    One unit in the last place of |k|^2, which depends on the order a processor sums in, is met again at every token. Unstable
+    inversions lose all digits here.
+    """
     given = problem(op, 65, key_size=16, value_size=8, regimes=(("identical", "zero", "two"),)).cast(jnp.float32)
     inputs = (given.arrays, given.gates, given.state)
 
@@ -61,8 +65,8 @@ def test_reflections_along_one_key_keep_their_digits_in_float32(problem, rms, op
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         expected, wanted = gradients(exact, backend="reference")
-    assert all(rms(x, y) < 2e-5 for x, y in zip(results, wanted, strict=True))
-    assert all(rms(x, y) < 5e-5 for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    assert all(rms(x, y) < 1e-4 for x, y in zip(results, wanted, strict=True))
+    assert all(rms(x, y) < 5e-4 for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
 
 
 def test_long_sums_of_strong_decays_cost_no_digits_of_the_weak_ones(rms):
