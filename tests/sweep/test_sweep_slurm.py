@@ -322,7 +322,7 @@ def test_six_runs_on_a_real_slurm_one_of_them_requeued_by_a_signal_end_with_equa
 
     launcher = begin(*SWEEP, "--runs=slurm", "--launcher=slurm", "--wait", "--slurm.partition=main")
     ledger = Ledger(place / "slurm" / "sweeps" / "small-smoke")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     warned = None
     while warned is None:
         assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
@@ -331,7 +331,10 @@ def test_six_runs_on_a_real_slurm_one_of_them_requeued_by_a_signal_end_with_equa
             if path.is_file() and path.read_bytes().count(b"\n") > 40:
                 warned = row
         time.sleep(0.02)
-    subprocess.run(["scancel", "--signal=USR1", "--batch", warned["slot"]["slurm"]], check=True)
+    # Refused while the controller still notes the start: "can not be altered now, try again later".
+    while subprocess.run(["scancel", "--signal=USR1", "--batch", warned["slot"]["slurm"]]).returncode:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     out, err = launcher.communicate(timeout=420)
     assert launcher.returncode == 0, out + err
     history = [(row["event"], row.get("outcome")) for row in ledger.rows() if row.get("run") == warned["run"]]
