@@ -22,7 +22,11 @@ IN_FLIGHT = 4
 
 
 def evaluate(setup: Setup, params: Any, step: Any, batches: int | None) -> dict[str, float]:
-    """Score held-out data, in batches of `evaluate.batch_size` sequences, by default those of a training micro-batch.
+    """Score held-out data.
+
+    A batch has `evaluate.batch_size` sequences, by default as many as one of training. Without a size of its own it is taken
+    in the parts that training takes it in, `train.accumulation` of them, so that it needs no more memory; which sequences are
+    scored does not depend on that.
 
     Args:
       setup: of the run.
@@ -35,9 +39,11 @@ def evaluate(setup: Setup, params: Any, step: Any, batches: int | None) -> dict[
       something; each of the three also as `loss/NAME` for every view of the depth strategy. Equal on every process.
     """
     config = setup.config
+    whole = config.evaluate.batch_size or config.data.batch_size
     size = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation
+    rows = None if batches is None else batches * whole
     parts: list[Any] = []
-    for batch in setup.dataset.validation(size, batches, **setup.share(size)):
+    for batch in setup.dataset.validation(size, rows=rows, **setup.share(size)):
         parts.append(step(params, setup.put_batch(batch, size)))
         if len(parts) > IN_FLIGHT:  # the host must not run ahead and fill the device with batches
             jax.block_until_ready(parts[-IN_FLIGHT])
