@@ -62,7 +62,7 @@ def train(
     Raises:
       ConfigError: the config is wrong, or the directory belongs to another one.
       DataError: data is missing or damaged.
-      Diverged: a loss or gradient was not finite (or too many were, with `nonfinite="skip"`); the state before it is saved.
+      Diverged: a loss, gradient or update was not finite (or too many, with `nonfinite="skip"`); the state before it is saved.
       Preempted: stopped by a signal after saving.
       StrataError: a checkpoint could not be written, or the directory is in use.
     """
