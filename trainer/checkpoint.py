@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from strata import StrataError
-from trainer import manifest, orbax_errors, retention, state_arrays
+from trainer import manifest, orbax_errors, processes, retention, state_arrays
 from trainer.atomic_files import sync_directory, write_bytes_atomic
 
 _HOST = "host.json"
@@ -59,6 +59,8 @@ class Checkpointer:
       keep_best: this many with the lowest metric are kept too.
       named: these steps are kept too, whatever comes after them.
       say: receives warnings in words, such as a damaged checkpoint that was passed over; default: print to stderr.
+      committed: called in process 0 with the step of every save that is complete, before older ones are deleted, from the
+        thread that writes.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Checkpointer:
         keep_best: int = 1,
         named: Collection[int] = (),
         say: Callable[[str], None] | None = None,
+        committed: Callable[[int], None] = lambda step: None,
     ):
         self.directory = Path(directory).absolute()
         self._kept = functools.partial(
             retention.kept, keep_latest=keep_latest, keep_every=keep_every, keep_best=keep_best, named=named
         )
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._committed = committed
         self._thread: threading.Thread | None = None
         self._failure: StrataError | None = None
         self._saving: int | None = None  # the step in flight
@@ -88,9 +92,11 @@ class Checkpointer:
     def save(self, step: int, state: Any, host: dict[str, Any], *, metric: float | None = None, blocking: bool = False) -> None:
         """Starts an asynchronous save of `checkpoints/<step>`. Collective.
 
-        Waits for the previous save first, so that at most one is in flight. On return the state may be donated: its bytes
-        are on the host already (on CPU the runtime gives a donated buffer that is still being written another home).
-        Saving the step that this object saved last does nothing; another directory of the same step is replaced.
+        Waits for the previous save first, so that at most one is in flight. If that one failed, `say` is told, and this one
+        is tried in its stead and waited for, so that only two failures in a row are an error. On return the state may be
+        donated: its bytes are on the host already (on CPU the runtime gives a donated buffer that is still being written
+        another home). Saving the step that this object saved last does nothing; another directory of the same step is
+        replaced.
 
         Args:
           step: updates done, 0 or more.
@@ -100,11 +106,11 @@ class Checkpointer:
           blocking: return only when the checkpoint is complete.
 
         Raises:
-          StrataError: this save could not begin, or the previous one failed (full disk, unwritable directory ...); what
-            was complete before is untouched.
+          StrataError: this save could not begin, or it was waited for and failed (full disk, unwritable directory ...);
+            what was complete before is untouched.
           TypeError: a leaf of `state` is not a `jax.Array`, or `host` is not JSON.
         """
-        self.wait()
+        retried = self._report()
         if step == self._saved:
             return
         arrays, _ = state_arrays.by_path(state)
@@ -125,7 +131,7 @@ class Checkpointer:
         except OSError as error:
             failure = self._describe(step, error)
             self._discard(partial)
-        _agree(failure, step)
+        processes.agree(failure, f"the checkpoint of step {step} could not be written")
         try:
             # Orbax refuses empty arrays; the manifest alone describes those.
             full = {path: leaf for path, leaf in arrays.items() if leaf.size}
@@ -139,8 +145,24 @@ class Checkpointer:
             target=self._finish, args=(step, partial, host_bytes, declared, metric), name="checkpoint"
         )
         self._thread.start()
-        if blocking:
+        if blocking or retried:
             self.wait()
+        if retried:
+            self._say(f"the checkpoint of step {step} is saved instead")
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed in this process, which the next `save` or `wait` will say."""
+        return self._failure is not None
+
+    def _report(self) -> bool:
+        """`wait`, with a failure said and not raised. Returns whether there was one, the same in every process."""
+        try:
+            self.wait()
+        except StrataError as error:
+            self._say(str(error))
+            return True
+        return False
 
     def wait(self) -> None:
         """Blocks until no save is in flight. Collective.
@@ -152,13 +174,17 @@ class Checkpointer:
             return
         self._thread.join()
         failure, step, self._thread, self._failure, self._saving = self._failure, self._saving, None, None, None
-        _agree(failure, step)
+        processes.agree(failure, f"the checkpoint of step {step} could not be written")
         self._saved = step
 
-    def close(self) -> None:
-        """`wait`, then releases Orbax's threads. Collective; the object can be used again."""
+    def close(self, quietly: bool = False) -> None:
+        """`wait`, then releases Orbax's threads. Collective; the object can be used again.
+
+        Args:
+          quietly: a failed save is said and not raised, for a run that ends for another reason.
+        """
         try:
-            self.wait()
+            self._report() if quietly else self.wait()
         finally:
             self._release()
 
@@ -184,7 +210,10 @@ class Checkpointer:
             return
         self._verified[step] = (manifest.fingerprint(final), written)
         try:
+            self._committed(step)
             self._retire(step)
+        except StrataError as error:
+            self._say(str(error))
         except OSError as error:  # the checkpoint itself is complete
             self._say(f"an old checkpoint in {self.directory} could not be deleted: {orbax_errors.cause(error)}")
 
@@ -288,7 +317,7 @@ class Checkpointer:
             dtypes or structure differ from `abstract`, with the paths that differ.
         """
         self.wait()
-        chosen = _from_process_0(self._choose, step)
+        chosen = processes.from_first(self._choose, step)
         if chosen is None:
             return None
         directory = self.directory / str(chosen)
@@ -370,34 +399,3 @@ class Checkpointer:
             return any(os.scandir(directory))
         except FileNotFoundError:  # deleted since it was listed, by the run that is being read
             return False
-
-
-def _agree(failure: StrataError | None, step: int | None) -> None:
-    """Raises in every process when one of them failed, so that none waits for the others for ever."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        failed = multihost_utils.process_allgather(np.int32(failure is not None))
-        if failure is None and failed.any():
-            failure = StrataError(f"the checkpoint of step {step} could not be written: see the message of another process")
-    if failure is not None:
-        raise failure
-
-
-def _from_process_0(choose: Callable[[int | None], int | None], step: int | None) -> int | None:
-    """What `choose(step)` gives in process 0, the only one that reads every file; an error there is one everywhere."""
-    if jax.process_count() == 1:
-        return choose(step)
-    from jax.experimental import multihost_utils
-
-    failure, chosen = None, None
-    if jax.process_index() == 0:
-        try:
-            chosen = choose(step)
-        except StrataError as error:
-            failure = error
-    code = -2 if failure else -1 if chosen is None else chosen
-    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-    if code == -2:
-        raise failure or StrataError("no checkpoint could be chosen: see the message of process 0")
-    return None if code == -1 else code

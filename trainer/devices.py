@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import glob
 import os
 import platform
+import re
+import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from strata import ConfigError
 from trainer.options import Config, Mesh
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+_UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
@@ -75,13 +83,44 @@ def use_compilation_cache() -> None:
     """Turn the persistent compilation cache on; every program is kept, since even small ones cost a start its seconds."""
     import jax
 
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strata" / "xla"
-    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if directory is None:
+        try:
+            directory = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strata" / "xla")
+        except RuntimeError:  # a user that the machine does not know, without HOME
+            text = "there is no home directory, so programs are not kept; JAX_COMPILATION_CACHE_DIR gives them a place"
+            print(f"note: {text}", file=sys.stderr)
+            return
     if not directory:
         return
+    repair(Path(directory))
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def repair(directory: Path) -> None:
+    """From now on, have a cached program that JAX warns it cannot read deleted and made anew.
+
+    JAX compiles it, but never replaces a file that is there, so that one which a kill or a full disk cut short would cost
+    every start a compilation. The warning names the program and not the file: all files of that name are deleted.
+    """
+    if getattr(warnings.showwarning, "directory", None) == directory:
+        return
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *where: Any, **rest: Any) -> None:
+        found = _UNREADABLE.match(str(message))
+        if found is None or not directory.is_dir():
+            return before(message, *where, **rest)
+        name, why = found.groups()
+        for path in directory.glob(f"{glob.escape(name)}-*-cache"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        print(f"note: the cached program {name} could not be read and is compiled again ({why})", file=sys.stderr)
+
+    show.directory = directory
+    warnings.showwarning = show
 
 
 def make_mesh(option: Mesh):

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,23 +21,33 @@ IN_FLIGHT = 4
 """Batches of an evaluation that are dispatched before the oldest must be done."""
 
 
-def evaluate(setup: Setup, params: Any, step: Any, batches: int | None) -> dict[str, float]:
-    """Score held-out data, in batches of `evaluate.batch_size` sequences, by default those of a training micro-batch.
+def evaluate(
+    setup: Setup, params: Any, step: Any, batches: int | None, between: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Score held-out data.
+
+    A batch has `evaluate.batch_size` sequences, by default as many as one of training. Without a size of its own it is taken
+    in the parts that training takes it in, `train.accumulation` of them, so that it needs no more memory; which sequences are
+    scored does not depend on that.
 
     Args:
       setup: of the run.
       params: nested dict of parameters.
       step: `setup.jitted_evaluation_step()`, compiled once for all evaluations of a run.
       batches: at most this many, spread over the held-out data; None: all of it.
+      between: called before each batch; what it raises ends the evaluation.
 
     Returns:
       `loss` in nats per token, `perplexity`, `tokens`; `bpb` where tokens stand for bytes; `accuracy` where it means
       something; each of the three also as `loss/NAME` for every view of the depth strategy. Equal on every process.
     """
     config = setup.config
+    whole = config.evaluate.batch_size or config.data.batch_size
     size = config.evaluate.batch_size or config.data.batch_size // config.train.accumulation
+    rows = None if batches is None else batches * whole
     parts: list[Any] = []
-    for batch in setup.dataset.validation(size, batches, **setup.share(size)):
+    for batch in setup.dataset.validation(size, rows=rows, **setup.share(size)):
+        between()
         parts.append(step(params, setup.put_batch(batch, size)))
         if len(parts) > IN_FLIGHT:  # the host must not run ahead and fill the device with batches
             jax.block_until_ready(parts[-IN_FLIGHT])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,10 @@ import jax
 import numpy as np
 
 import optim
-from strata import Diverged, Preempted, to_tree
+from strata import Diverged, Preempted, StrataError, to_tree
 from trainer import config as configuration
 from trainer import devices, processes, resume, runs
 from trainer.announce import announce, conclude
-from trainer.atomic_files import write_json_atomic
 from trainer.checkpoint import Checkpointer
 from trainer.diagnostics.measure import Diagnosis
 from trainer.evaluate import evaluate
@@ -62,7 +62,7 @@ def train(
     Raises:
       ConfigError: the config is wrong, or the directory belongs to another one.
       DataError: data is missing or damaged.
-      Diverged: a loss or gradient was not finite (or too many were, with `nonfinite="skip"`); the state before it is saved.
+      Diverged: a loss, gradient or update was not finite (or too many, with `nonfinite="skip"`); the state before it is saved.
       Preempted: stopped by a signal after saving.
       StrataError: a checkpoint could not be written, or the directory is in use.
     """
@@ -98,12 +98,13 @@ def _finished_before(directory: RunDirectory, status: Mapping[str, Any]) -> Resu
 
 def _fail(directory: RunDirectory, error: BaseException) -> None:
     """Say in `status.json` why the run ended; a second error there must not hide the first."""
-    if not processes.first() or directory.read_config() is None:
-        return
-    status = directory.read_status() or {"state": "running", "step": 0}
-    if status["state"] == "finished":  # what failed is only what is said at the end
+    if not processes.first():
         return
     with contextlib.suppress(Exception):
+        status = directory.read_status() or {"state": "running", "step": 0}
+        # Where a run is finished, what failed is only what is said at the end.
+        if status["state"] == "finished" or directory.read_config() is None:
+            return
         directory.write_status("failed", status["step"], f"{type(error).__name__}: {error}".splitlines()[0])
 
 
@@ -130,6 +131,7 @@ class Loop:
             keep_every=keep.keep_every,
             keep_best=keep.keep_best,
             named=config.milestones,
+            committed=lambda step: directory.write_status("running", step),
         )
         every, saved = config.evaluate.every, keep.every
         if keep.keep_best and every and saved % every:
@@ -147,7 +149,7 @@ class Loop:
         steps = self.config.train.steps
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(self.setup.mesh))
-            stack.callback(self.checkpointer.close)
+            stack.push(lambda kind, *_: self.checkpointer.close(quietly=kind is not None))
             stack.callback(gc.unfreeze)
             state, host, done = self._restore()
             self._write_first_files(done)
@@ -162,7 +164,7 @@ class Loop:
                 with Prefetch(self.setup, rows, self.rates, done + 1, steps) as ahead:
                     state = self._steps(state, ahead, done)
             # Everything below happens again when it is interrupted: the last checkpoint is from before it.
-            evaluation = self._evaluate(state, steps, self.config.evaluate.final_batches)
+            evaluation = self._evaluate(state, steps, self.config.evaluate.final_batches, self._stop_evaluating)
             self._finished(state, steps)
             conclude(self, state, evaluation)
         return Result(self.directory.path, steps, evaluation)
@@ -203,7 +205,7 @@ class Loop:
         else:
             params, step = runs.converted_for(self.setup, Path(source.run), step)
         if processes.first():
-            write_json_atomic(self.directory.path / "init_from.json", {"run": source.run, "step": step})
+            self.directory.write_json("init_from.json", {"run": source.run, "step": step})
         self.notes.append(f"parameters come from {source.run} at step {step}")
         return params
 
@@ -244,6 +246,7 @@ class Loop:
                 gc.freeze()
             evaluating = bool(config.evaluate.every) and step % config.evaluate.every == 0
             saving = last or step in milestones or (bool(config.checkpoint.every) and step % config.checkpoint.every == 0)
+            saving = saving or (self.checkpointer.failed and jax.process_count() == 1)  # several: at the next one, together
             diagnosing = bool(config.diagnostics.every) and step % config.diagnostics.every == 0
             if evaluating or saving or stopping or diagnosing:
                 stopping = self._read(pending, state, now=True) or stopping
@@ -257,7 +260,7 @@ class Loop:
                     metric = self._evaluate(state, step, config.evaluate.batches)["loss"]
                 if saving or stopping:
                     self._save(state, step, metric, blocking=last or stopping)
-                if stopping and not last:
+                if stopping:
                     self._preempt(step)
         return state
 
@@ -286,14 +289,16 @@ class Loop:
             return bool(jax.device_get(metrics["stop"]))
         return self.stop.received is not None
 
-    def _score(self, state: Any, batches: int | None) -> dict[str, float]:
+    def _score(self, state: Any, batches: int | None, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         with self.reporter.pause():
-            return evaluate(self.setup, state["params"], self.evaluation_step, batches)
+            return evaluate(self.setup, state["params"], self.evaluation_step, batches, between)
 
-    def _evaluate(self, state: Any, step: int, batches: int | None) -> dict[str, float]:
+    def _evaluate(
+        self, state: Any, step: int, batches: int | None, between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Score held-out data and write the row."""
         started = time.perf_counter()
-        found = self._score(state, batches)
+        found = self._score(state, batches, between)
         self.reporter.validation(step, found, time.perf_counter() - started)
         return found
 
@@ -307,8 +312,6 @@ class Loop:
     def _save(self, state: Any, step: int, metric: float | None, blocking: bool) -> None:
         with self.reporter.pause():
             self.checkpointer.save(step, state, self._host(step), metric=metric, blocking=blocking)
-        if processes.first():
-            self.directory.write_status("running", step)
 
     def _finished(self, state: Any, step: int) -> None:
         """Mark the run as finished."""
@@ -327,10 +330,18 @@ class Loop:
 
     # ---- ends before the end
 
+    def _stop_evaluating(self) -> None:
+        """End here if told to: all of the held-out data can take long. Several processes would have to agree, and go on."""
+        if self.stop.received and jax.process_count() == 1:
+            self._preempt(self.config.train.steps)
+
     def _preempt(self, step: int) -> None:
         name = self.stop.received or "a signal to another process"
         if processes.first():
-            self.directory.write_status("preempted", step, name)
+            try:
+                self.directory.write_status("preempted", step, name)
+            except StrataError as error:  # the checkpoint is what counts
+                self.reporter.say(str(error))
         raise Preempted(f"stopped by {name} after saving step {step}; start the same command again to go on")
 
     def _diverge(self, state: Any, pending: list[Pending]) -> None:
@@ -338,27 +349,34 @@ class Loop:
         fetched = [(entry.step, jax.device_get(entry.metrics)) for entry in pending]
         step, values = next((step, values) for step, values in fetched if values["halted"])
         before, after = self.positions[step - 1], self.positions[step]
+        loss, norm = float(values["nats"]) / max(float(values["tokens"]), 1.0), float(values["grad_norm"])
         report = {
             "step": step,
-            "loss": repr(float(values["nats"]) / max(float(values["tokens"]), 1.0)),
-            "grad_norm": repr(float(values["grad_norm"])),
+            "what": "update" if math.isfinite(loss + norm) else "gradient" if math.isfinite(loss) else "loss",
+            "loss": repr(loss),
+            "grad_norm": repr(norm),
             "skipped": int(values["skipped"]),
             "examples": [before["examples"], after["examples"]],  # first, and one past the last
             "data": before,
         }
-        if processes.first():
-            write_json_atomic(self.directory.path / "nonfinite.json", report)
-        self.checkpointer.save(step - 1, state, self._host(step - 1), blocking=True)
-        if processes.first():
-            self.directory.write_status("running", step - 1)
+        where, details = self.directory.checkpoints, self.directory.path / "nonfinite.json"
+        saved, written = f"the state before it is saved as step {step - 1} in {where}", f"the details are in {details}"
+        try:
+            self.checkpointer.save(step - 1, state, self._host(step - 1), blocking=True)
+        except StrataError as error:
+            saved = f"the state before it is not saved ({error})"
+        try:
+            if processes.first():
+                self.directory.write_json(details.name, report)
+        except StrataError as error:
+            written = f"the details are lost ({error})"
         limit = ""
         if self.config.train.nonfinite == "skip":
             limit = f"; {report['skipped']} updates were skipped, and train.skip_limit is {self.config.train.skip_limit}"
         first, last = before["examples"], after["examples"] - 1
         raise Diverged(
-            f"the loss or gradient of step {step} is not finite (loss {report['loss']}, gradient norm {report['grad_norm']})"
-            f"{limit}. Its batch is examples {first} to {last} of the data; the state before it is saved as step {step - 1} in "
-            f"{self.directory.checkpoints}, and the details are in {self.directory.path / 'nonfinite.json'}."
+            f"the {report['what']} of step {step} is not finite (loss {report['loss']}, gradient norm {report['grad_norm']})"
+            f"{limit}. Its batch is examples {first} to {last} of the data; {saved}, and {written}."
         )
 
 

@@ -67,7 +67,7 @@ class Train:
     deterministic: bool = option(False, "on GPU, order-independent reductions only (slower); CPU always is", key="execution")
     nonfinite: str = option(
         "raise",
-        "a non-finite loss or gradient: stop with exit 3, or skip the update",
+        "a non-finite loss, gradient or update: stop with exit 3, or skip the update",
         among=("raise", "skip"),
         key="execution",
     )
@@ -85,12 +85,15 @@ class Train:
 
 @options
 class Evaluate:
-    """Evaluation on held-out data while training. The end of a run always evaluates."""
+    """Evaluation on held-out data while training. The end of a run always evaluates.
+
+    Which sequences are scored follows from `batches` and `batch_size` alone, and not from how the work is divided.
+    """
 
     every: int = option(200, "steps between evaluations; 0: only at the end", least=0, key="cosmetic")
     batches: int = option(16, "batches of an evaluation during training", least=1)
     final_batches: int | None = option(None, "batches of the evaluation at the end; None: all held-out data", least=1)
-    batch_size: int | None = option(None, "sequences a batch; None: those of a training micro-batch", least=1)
+    batch_size: int | None = option(None, "sequences of each of the batches above; None: data.batch_size", least=1)
 
 
 @options

@@ -13,7 +13,6 @@ import jax
 from strata import Preempted, to_tree
 from trainer import config as configuration
 from trainer import processes
-from trainer.atomic_files import write_json_atomic
 from trainer.evaluate import bits_per_byte
 from trainer.flops import training_flops
 from trainer.metrics.console import Console
@@ -181,5 +180,5 @@ def _mirror_id(directory: RunDirectory) -> str:
     found = directory.read_json("wandb.json")
     if found is None:
         found = {"id": uuid.uuid4().hex[:12]}
-        write_json_atomic(directory.path / "wandb.json", found)
+        directory.write_json("wandb.json", found)
     return found["id"]

@@ -26,7 +26,7 @@ from trainer.atomic_files import canonical_json, write_bytes_atomic, write_json_
 
 STATES = ("running", "finished", "preempted", "failed")
 
-_claimed: dict[Path, IO[str]] = {}  # by this process; POSIX locks do not keep a process out of what it locked itself
+_claimed: dict[Path, IO[bytes]] = {}  # by this process; POSIX locks do not keep a process out of what it locked itself
 
 
 class RunDirectory:
@@ -68,7 +68,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A lock of the process, not of the open file: forked data workers that outlive a kill -9 do not hold it.
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115
+            file = open(self.path / ".lock", "a+b", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StrataError(f"the run directory {self.path} cannot be written: {error.strerror}") from error
         for attempt in range(10):
@@ -83,13 +83,13 @@ class RunDirectory:
                 raise StrataError(f"the run directory {self.path} cannot be locked: {error.strerror}") from error
         else:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read().decode(errors="replace").strip() or "unknown"
             file.close()
             raise StrataError(f"{self.path} is in use by another process (id {holder} on the machine where it was started)")
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
         _claimed[key] = file
+        with contextlib.suppress(OSError):  # the lock is what counts; a full disk has no room for the name of its holder
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
 
     def release(self) -> None:
         """Gives the lock back; does nothing without one."""
@@ -129,8 +129,7 @@ class RunDirectory:
         with self._writing("config.json"):
             write_bytes_atomic(self.path / "config.json", canonical.encode())
         if overrides is not None:
-            with self._writing("overrides.json"):
-                write_json_atomic(self.path / "overrides.json", overrides)
+            self.write_json("overrides.json", overrides)
 
     def read_config(self) -> str | None:
         """The text of `config.json`, None if there is none; what is not UTF-8 in it becomes U+FFFD."""
@@ -155,8 +154,7 @@ class RunDirectory:
         """
         first = self.read_json("environment.json")
         if first is None:
-            with self._writing("environment.json"):
-                write_json_atomic(self.path / "environment.json", environment)
+            self.write_json("environment.json", environment)
             return None
         name = "environment.resumed.jsonl"
         with self._writing(name), open(self.path / name, "a") as file:
@@ -176,12 +174,20 @@ class RunDirectory:
         if state not in STATES:
             raise ValueError(f"state {state!r} is not one of {', '.join(STATES)}")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with self._writing("status.json"):
-            write_json_atomic(self.path / "status.json", {"state": state, "step": step, "message": message, "updated": now})
+        self.write_json("status.json", {"state": state, "step": step, "message": message, "updated": now})
 
     def read_status(self) -> dict[str, Any] | None:
         """The content of `status.json`, None if there is none."""
         return self.read_json("status.json")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replaces a JSON file of the run atomically.
+
+        Raises:
+          StrataError: it could not be written; the message names the file, and the old one is untouched.
+        """
+        with self._writing(name):
+            write_json_atomic(self.path / name, value)
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file of the run, None if it is not there.

@@ -55,8 +55,9 @@ def train_step(
 
     Gradients are of the summed nats over all micro-batches, divided once by the number of scored tokens, so that
     neither the number of micro-batches nor that of devices changes what is computed. An update with a non-finite loss
-    or gradient leaves parameters and optimizer as they were; with `nonfinite="raise"`, or past `skip_limit`, it also
-    halts every later update, so that what is saved is the state before it.
+    or gradient, or that would make a parameter non-finite, leaves parameters and optimizer as they were; with
+    `nonfinite="raise"`, or past `skip_limit`, it also halts every later update, so that what is saved is the state
+    before it.
 
     Args:
       graph: of the model.
@@ -107,9 +108,9 @@ def train_step(
         # With frozen layers the transformation takes the norm of the others itself.
         how = {"grad_norm": norm} if cut is None else {"cut": cut}
         how |= {"gradient_difference": apart} if halves else {}
-        finite = jnp.isfinite(norm) & jnp.isfinite(total["nats"])
         updates, optimizer = transformation.update(gradients, state["optimizer"], params, rates=rates, **how)
         updated = {"params": optax.apply_updates(params, updates), "optimizer": optimizer}
+        finite = jnp.isfinite(norm) & jnp.isfinite(total["nats"]) & all_finite(updated["params"])
         go = finite & ~guard["halted"]
         kept = jax.tree.map(lambda new, old: jnp.where(go, new, old), updated, {k: state[k] for k in updated})
         skipped = guard["skipped"] + (~finite & ~guard["halted"])
@@ -123,6 +124,11 @@ def train_step(
         return kept | {"guard": {"skipped": skipped, "halted": halted}}, metrics
 
     return step
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every element of every leaf is finite, a bool on the device."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _accumulate(

@@ -79,13 +79,24 @@ def test_a_disk_that_fills_up_during_a_save_prints_no_traceback(small_disk):
     assert "No space left on device" in done.stdout and done.stderr == ""
 
 
-def test_an_asynchronous_failure_is_raised_by_the_next_save(small_disk, monkeypatch):
+def test_an_asynchronous_failure_is_said_by_the_next_save_which_takes_its_place(small_disk, monkeypatch):
     monkeypatch.setattr(Checkpointer, "_require_space", lambda self, needed: None)
-    checkpointer = Checkpointer(small_disk / "checkpoints")
+    said, committed = [], []
+    checkpointer = Checkpointer(small_disk / "checkpoints", say=said.append, committed=committed.append)
     checkpointer.save(1, random_state(1_000_000), {})
-    with pytest.raises(StrataError, match="step 1.*No space left"):
-        checkpointer.save(2, SMALL, {})
-    checkpointer.close()
+    checkpointer.save(2, SMALL, {"n": 2})
+    assert (
+        "step 1 could not" in said[0]
+        and "No space left" in said[0]
+        and said[1:] == ["the checkpoint of step 2 is saved instead"]
+    )
+    assert committed == [2] and checkpointer.latest() == 2 and not checkpointer.failed
+    checkpointer.save(3, random_state(1_000_000), {})
+    with pytest.raises(StrataError, match="step 4.*No space left"):  # a second failure in a row
+        checkpointer.save(4, random_state(1_000_000), {})
+    checkpointer.save(5, random_state(1_000_000), {})
+    checkpointer.close(quietly=True)
+    assert "step 5 could not" in said[-1] and checkpointer.restore(ABSTRACT).host == {"n": 2} and committed == [2]
 
 
 def test_a_disk_without_room_for_one_byte_more_is_named_too(small_disk, when):

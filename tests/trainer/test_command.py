@@ -288,7 +288,7 @@ def test_a_run_that_diverges_exits_3_and_says_which_batch(place, tmp_path):
         assert code == 3, err
         report = json.loads((run / "nonfinite.json").read_text())
         step = report["step"]
-        assert f"the loss or gradient of step {step} is not finite" in err
+        assert f"the {report['what']} of step {step} is not finite" in err
         assert report["examples"] == [4 * (step - 1), 4 * step] and f"examples {4 * (step - 1)} to {4 * step - 1}" in err
         assert status(run)["state"] == "failed" and status(run)["step"] == step - 1
         loaded = trainer.load(run)

@@ -12,6 +12,7 @@ import pytest
 from strata import StrataError
 from trainer.atomic_files import write_bytes_atomic, write_json_atomic
 from trainer.environment import _processor, describe_environment, differences
+from trainer.reporter import _mirror_id
 from trainer.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,13 @@ def test_a_lock_dies_with_its_process_even_when_forked_workers_outlive_it(tmp_pa
             os.kill(worker, signal.SIGKILL)
 
 
+def test_a_full_disk_does_not_keep_a_directory_from_being_claimed(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")  # a file that takes no byte
+    for _ in range(2):
+        with RunDirectory(tmp_path) as run:
+            assert run.running
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StrataError, match="file/run cannot be written: Not a directory"):
@@ -123,6 +131,8 @@ def test_a_failed_atomic_write_leaves_the_old_file_and_no_other(tmp_path, monkey
             write_bytes_atomic(path, b"new")
         with pytest.raises(StrataError, match="status.json could not be written: No space left on device"):
             RunDirectory(tmp_path).write_status("running", 1)
+        with pytest.raises(StrataError, match="wandb.json could not be written: No space left on device"):
+            _mirror_id(RunDirectory(tmp_path))
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 

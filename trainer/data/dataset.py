@@ -92,22 +92,21 @@ class Dataset:
         return TrainIterator(self, start_state, process_index, process_count)
 
     def validation(
-        self, batch_size: int | None = None, batches: int | None = None, *, process_index: int = 0, process_count: int = 1
+        self, batch_size: int | None = None, *, rows: int | None = None, process_index: int = 0, process_count: int = 1
     ) -> Validation:
         """The validation batches, the same ones every time.
 
         Args:
           batch_size: rows of a batch over all processes; None: that of training.
-          batches: at most this many, of rows spread evenly over the validation set; None: every row once. The last
-            batch is filled with rows of segment 0.
+          rows: at most this many, spread evenly over the validation set, the same ones for every batch size; None: every
+            row once. The last batch is filled with rows of segment 0.
           process_index, process_count: as in `train`.
         """
         size = batch_size or self.options.batch_size
         mine = _slice(size, process_index, process_count)
-        rows = len(self.held_out)
-        chosen = np.arange(rows)
-        if batches is not None and batches * size < rows:
-            chosen = np.arange(batches * size) * rows // (batches * size)
+        chosen = np.arange(len(self.held_out))
+        if rows is not None and rows < len(chosen):
+            chosen = np.arange(rows) * len(chosen) // rows
         return Validation(self.held_out, chosen, size, mine)
 
     @functools.cached_property

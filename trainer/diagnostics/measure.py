@@ -63,7 +63,7 @@ class Diagnosis:
     @functools.cached_property
     def _batch(self) -> dict[str, jax.Array]:
         """The same rows of held-out data on every device: the batch is too small to be split."""
-        whole = next(iter(self.setup.dataset.validation(self.option.sequences, 1)))
+        whole = next(iter(self.setup.dataset.validation(self.option.sequences, rows=self.option.sequences)))
         cut = {name: np.ascontiguousarray(rows[:, : self.option.length]) for name, rows in whole.items()}
         return self.setup.put_scalars(cut)
 

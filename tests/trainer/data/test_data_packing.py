@@ -83,13 +83,16 @@ def test_validation_scores_exactly_the_held_out_bytes(build):
 def test_a_limited_validation_is_spread_over_the_whole_set(build):
     dataset = build("text_files", sequence_length=4)
     rows = len(dataset.held_out)
-    limited = list(dataset.validation(batches=3))
-    assert len(limited) == len(dataset.validation(batches=3)) == 3
+    limited = list(dataset.validation(rows=12))
+    assert len(limited) == len(dataset.validation(rows=12)) == 3
     last = dataset.held_out.read([11 * rows // 12])
     assert all(np.array_equal(limited[-1][name][-1], last[name][0]) for name in last)
     assert rows // 12 > 1
-    everything = dataset.validation(batches=10**6)
+    everything = dataset.validation(rows=10**6)
     assert len(everything) == len(dataset.validation())
+    for size in (1, 2, 6):
+        parts = [batch["tokens"] for batch in dataset.validation(size, rows=12)]
+        np.testing.assert_array_equal(np.concatenate(parts), np.concatenate([batch["tokens"] for batch in limited]))
 
 
 def test_a_corpus_shorter_than_a_sequence_is_an_error(build, tmp_path):
