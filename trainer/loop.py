@@ -62,7 +62,7 @@ def train(
     Raises:
       ConfigError: the config is wrong, or the directory belongs to another one.
       DataError: data is missing or damaged.
-      Diverged: a loss, gradient or update was not finite (or too many, with `nonfinite="skip"`); the state before it is saved.
+      Diverged: a loss, gradient (or too many, with `nonfinite="skip"`) or update was not finite; nothing non-finite is saved.
       Preempted: stopped by a signal after saving.
       StrataError: a checkpoint could not be written, or the directory is in use.
     """
@@ -345,7 +345,7 @@ class Loop:
         raise Preempted(f"stopped by {name} after saving step {step}; start the same command again to go on")
 
     def _diverge(self, state: Any, pending: list[Pending]) -> None:
-        """End the run at the first step that halted it; every update from there on was held back on the device."""
+        """End the run at the first step that halted it; every later update was held back on the device."""
         fetched = [(entry.step, jax.device_get(entry.metrics)) for entry in pending]
         step, values = next((step, values) for step, values in fetched if values["halted"])
         before, after = self.positions[step - 1], self.positions[step]
@@ -362,7 +362,11 @@ class Loop:
         where, details = self.directory.checkpoints, self.directory.path / "nonfinite.json"
         saved, written = f"the state before it is saved as step {step - 1} in {where}", f"the details are in {details}"
         try:
-            self.checkpointer.save(step - 1, state, self._host(step - 1), blocking=True)
+            if report["what"] == "update":  # it has been made
+                saved = f"no state with it is saved; earlier ones are in {where}"
+                self.checkpointer.wait()
+            else:
+                self.checkpointer.save(step - 1, state, self._host(step - 1), blocking=True)
         except StrataError as error:
             saved = f"the state before it is not saved ({error})"
         try:

@@ -67,7 +67,7 @@ class Train:
     deterministic: bool = option(False, "on GPU, order-independent reductions only (slower); CPU always is", key="execution")
     nonfinite: str = option(
         "raise",
-        "a non-finite loss, gradient or update: stop with exit 3, or skip the update",
+        "a non-finite loss or gradient: stop with exit 3, or skip the update; an optimizer that makes one of finite ones stops",
         among=("raise", "skip"),
         key="execution",
     )

@@ -55,9 +55,9 @@ def train_step(
 
     Gradients are of the summed nats over all micro-batches, divided once by the number of scored tokens, so that
     neither the number of micro-batches nor that of devices changes what is computed. An update with a non-finite loss
-    or gradient, or that would make a parameter non-finite, leaves parameters and optimizer as they were; with
-    `nonfinite="raise"`, or past `skip_limit`, it also halts every later update, so that what is saved is the state
-    before it.
+    or gradient leaves parameters and optimizer as they were; with `nonfinite="raise"`, or past `skip_limit`, it also
+    halts every later update, so that what is saved is the state before it. One that makes a parameter non-finite from a
+    finite gradient halts too, but has been made: to hold it back, both states would have to exist at once.
 
     Args:
       graph: of the model.
@@ -110,12 +110,12 @@ def train_step(
         how |= {"gradient_difference": apart} if halves else {}
         updates, optimizer = transformation.update(gradients, state["optimizer"], params, rates=rates, **how)
         updated = {"params": optax.apply_updates(params, updates), "optimizer": optimizer}
-        finite = jnp.isfinite(norm) & jnp.isfinite(total["nats"]) & all_finite(updated["params"])
+        finite = jnp.isfinite(norm) & jnp.isfinite(total["nats"])
         go = finite & ~guard["halted"]
         kept = jax.tree.map(lambda new, old: jnp.where(go, new, old), updated, {k: state[k] for k in updated})
         skipped = guard["skipped"] + (~finite & ~guard["halted"])
         limit = 0 if option.nonfinite == "raise" else option.skip_limit
-        halted = guard["halted"] | (skipped > limit)
+        halted = guard["halted"] | (skipped > limit) | ~all_finite(kept["params"])
         metrics = total | {"grad_norm": norm, "finite": finite, "skipped": skipped, "halted": halted}
         if cut is not None:
             metrics["cut"] = jnp.int32(cut)
