@@ -26,6 +26,6 @@ def get_config(arg: str = "") -> ConfigDict:
         schedule=dict(name="wsd", warmup=100, decay=0.3),
     )
     config.train = dict(steps=4000, accumulation=8, precision="bfloat16")
-    config.evaluate = dict(every=250, batches=8)
+    config.evaluate = dict(every=250, batches=1)
     config.checkpoint = dict(every=250, keep_every=1000)
     return config
