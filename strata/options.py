@@ -8,7 +8,7 @@
         epsilon: float = option(1e-6, "added to the mean square before the root", above=0)
 
 A class may define `problems(self)`, which yields `(field, sentence)` for combinations that cannot work; it is called
-only when every field of the class was right by itself.
+only when every field of the class was right by itself, and every component and section had no problems of its own.
 """
 
 from __future__ import annotations

@@ -63,12 +63,13 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
         broken |= missing and len(found.problems) > before
     if broken:
         return None
-    value = cls(**values)
+    value, before = cls(**values), len(found.problems)
     for name, message in value.problems() if hasattr(value, "problems") else ():
         where = ".".join(filter(None, [path, name]))
         shown, known = _value_at(value, name)
         found.problems.append(Problem(where, message, shown, known, defined_in(cls, name.partition(".")[0] or None)))
-    return value
+    # Whoever holds these options may ask them for what such a combination cannot give.
+    return value if len(found.problems) == before else None
 
 
 def _value_at(value: Any, name: str) -> tuple[Any, bool]:

@@ -50,6 +50,12 @@ class House:
     wall: Wall = section(Wall, "its wall")
     number: int = option(1, "in the street", key="cosmetic")
 
+    def problems(self):
+        """Asks the wall for what only a possible wall has."""
+        if self.wall.height - self.wall.paint.layers < 0:
+            raise ZeroDivisionError("paint as high as the wall")
+        yield from ()
+
 
 def problems(cls, tree):
     return {problem.path: str(problem) for problem in resolve(cls, tree)[1].problems}
@@ -106,6 +112,10 @@ def test_combinations_are_checked_beside_a_misspelt_neighbour():
 
 def test_combinations_are_not_checked_against_stand_ins_for_wrong_values():
     assert set(problems(House, {"wall": {"height": 0.5, "paint": {"layers": 99}}})) == {"wall.paint.layers"}
+
+
+def test_whoever_holds_an_impossible_combination_is_not_asked_about_it():
+    assert set(problems(House, {"wall": {"height": 1.5}})) == {"wall.height"}
 
 
 def test_a_component_without_a_dict_is_told_how_to_choose():

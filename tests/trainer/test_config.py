@@ -173,6 +173,9 @@ def test_derived_sizes_follow_the_width(write):
         ([("mesh.data", "0")], "at least one device"),
         ([("log.profile", "3")], "expected two steps"),
         ([("optimizer.sampling.name", "drop_muon"), ("model.tie_embeddings", "true")], "needs a head of its own"),
+        ([("model.mixer.name", "hybrid")], "a hybrid lists at least one mixer"),
+        ([("model.mixer.name", "hybrid"), ("model.mixer.pattern", "[]")], "a hybrid lists at least one mixer"),
+        ([("model.mixer.name", "hybrid"), ("model.mixer.pattern", '[{"name": "hybrid"}]')], "a hybrid lists at least one mixer"),
     ],
 )
 def test_impossible_combinations_are_refused(write, changes, words):
