@@ -43,7 +43,7 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields and key not in ignore:
-            found.problems.append(_unknown(cls, key, tree[key], path, list(fields)))
+            found.problems.append(_unknown(cls, key, tree[key], path, [*ignore, *fields]))
     hints, values, broken = type_hints(cls), {}, False
     for name, field in fields.items():
         declared, where = declaration(field), f"{path}.{name}" if path else name

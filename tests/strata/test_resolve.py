@@ -97,6 +97,11 @@ def test_all_mistakes_are_reported_at_once_with_full_paths():
     assert "did you mean matt" in found["wall.under.name"]
 
 
+def test_a_misspelt_name_of_a_component_is_suggested():
+    text = problems(House, {"wall": {"paint": {"nane": "matt"}}})["wall.paint.nane"]
+    assert "did you mean wall.paint.name?" in text and "Fields here: name, layers" in text
+
+
 def test_a_problem_names_the_file_and_line_that_define_the_field():
     text = problems(House, {"wall": {"height": 0}})["wall.height"]
     place = text.partition("defined in ")[2].rstrip(")")
