@@ -110,8 +110,11 @@ def _parts(declared: Declared, tree: Any, given: bool, field, where: str, found:
                 found.filled.append(where)
             return ()
         if isinstance(tree, (str, Mapping)) or not hasattr(tree, "__iter__"):
-            found.problems.append(Problem(where, "expected a list of dicts, each with a name", tree))
-            return ()
+            message = "expected a list of dicts, each with a name"
+            if isinstance(tree, str) and tree in registry.names(declared.part):
+                message += f"; write {where}.0.name = {tree!r} to choose its first"
+            found.problems.append(Problem(where, message, tree, defined_in=defined_in(cls, field.name)))
+            return None
         return tuple(_part(declared, item, f"{where}.{i}", None, found, cls, field) for i, item in enumerate(tree))
     if tree is None and (field.default is None or not given):
         if field.default is None:
@@ -124,6 +127,7 @@ def _parts(declared: Declared, tree: Any, given: bool, field, where: str, found:
 
 def _part(declared: Declared, tree: Any, where: str, default: str | None, found: Resolution, cls: type, field) -> Any:
     source = defined_in(cls, field.name)
+    tree = read_literal(tree.text) if isinstance(tree, Text) else tree
     if not isinstance(tree, Mapping):
         known = registry.names(declared.part)
         message = f"expected a dict with a name; write {where}.name = {str(tree)!r} to choose a component"

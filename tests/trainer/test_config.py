@@ -73,6 +73,24 @@ def test_overrides_of_every_kind(write, path, text, value):
     assert found == value
 
 
+def test_a_list_of_components_is_written_on_the_command_line(write):
+    changes = [("data.sources.1.name", "python_source"), ("data.sources.0.name", "text_files"), ("data.name", "mixture")]
+    changes += [("data.sources.0.files", "a/*.txt"), ("data.sources.1.weight", "3")]
+    first, second = load(write(BASE), changes).config.data.sources
+    assert (first.name, first.files) == ("text_files", ("a/*.txt",)) and (second.name, second.weight) == ("python_source", 3.0)
+    whole = [("data.name", "mixture"), ("data.sources.0", '{"name": "python_source", "weight": 2}')]
+    assert load(write(BASE), whole).config.data.sources[0].weight == 2.0
+    text = fails(write(BASE), ("data.name", "mixture"), ("data.sources.3.name", "python_source"))
+    assert "data.sources.3 = python_source" in text and "expected an index into a list of 0" in text
+
+
+def test_a_word_where_a_list_of_components_belongs_is_one_mistake(write):
+    text = fails(write(BASE), ("data.name", "mixture"), ("data.sources", "python_source"))
+    assert text.startswith("1 problem") and "write data.sources.0.name = 'python_source'" in text
+    assert "defined in trainer/data/options.py:" in text
+    assert fails(write(BASE), ("model.mixer.name", "hybrid"), ("model.mixer.pattern", "foo")).startswith("1 problem")
+
+
 def test_a_nested_typo_gets_its_path_and_a_suggestion(write):
     text = fails(write(BASE), ("optimizer.direction.learning_rat", "1"))
     assert "optimizer.direction.learning_rat" in text and "did you mean optimizer.direction.learning_rate" in text
@@ -175,7 +193,10 @@ def test_derived_sizes_follow_the_width(write):
         ([("optimizer.sampling.name", "drop_muon"), ("model.tie_embeddings", "true")], "needs a head of its own"),
         ([("model.mixer.name", "hybrid")], "a hybrid lists at least one mixer"),
         ([("model.mixer.name", "hybrid"), ("model.mixer.pattern", "[]")], "a hybrid lists at least one mixer"),
-        ([("model.mixer.name", "hybrid"), ("model.mixer.pattern", '[{"name": "hybrid"}]')], "a hybrid lists at least one mixer"),
+        (
+            [("model.mixer.name", "hybrid"), ("model.mixer.pattern", '[{"name": "hybrid"}]')],
+            "a hybrid lists at least one mixer",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(write, changes, words):
