@@ -8,7 +8,7 @@ import pytest
 
 from strata import ConfigError
 from trainer import config as configuration
-from trainer.cli import parse
+from trainer.cli import _whole, parse
 from trainer.config import canonical_json, compare, config_hash, load, run_id
 
 
@@ -41,6 +41,15 @@ def fails(source, *changes):
 def test_a_config_file_with_an_argument(write):
     assert load(write(BASE)).config.model.layers == 2
     assert load(write(BASE) + ":7").config.model.layers == 7
+
+
+def test_an_argument_and_a_path_may_hold_colons(write, tmp_path):
+    text = "def get_config(arg=''):\n    return dict(log=dict(wandb_project=arg))\n"
+    (tmp_path / "a:b").mkdir()
+    for path in (write(text), write(text, "a:b/x.py")):
+        assert load(path + ":c:d=e:").config.log.wandb_project == "c:d=e:"
+        assert load(path).config.log.wandb_project == ""
+    assert f"config file {tmp_path}/none.py does not exist" in fails(f"{tmp_path}/none.py:a:b")
 
 
 def test_one_config_imports_another_beside_it(write):
@@ -124,6 +133,18 @@ def test_an_override_without_a_config_explains_itself():
         parse(["--config.x=1"])
 
 
+def test_a_flag_that_is_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="--config is given twice, as a.py and as b.py"):
+        parse(["--config", "a.py", "--config=b.py"])
+    assert parse(["--config=a.py", "--config=a.py", "--config.seed=1", "--config.seed=2"]).values == {"config": "a.py"}
+
+
+@pytest.mark.parametrize("text", ["²", "-1", "1.5", "", "1" * 5000])
+def test_a_number_of_processes_is_a_whole_number(text):
+    with pytest.raises(ConfigError, match="--process_count = .*expected a whole number"):
+        _whole(parse(["--config=a.py", f"--process_count={text}"]), "process_count")
+
+
 def test_unknown_flags_are_listed_with_suggestions():
     with pytest.raises(ConfigError, match="did you mean --workdir"):
         parse(["--config", "x", "--workdri=3"])
@@ -176,6 +197,15 @@ def test_an_archive_of_an_older_version_lists_every_default_added_since(write):
     assert load(write(BASE)).notes == ()
 
 
+def test_what_is_given_here_is_not_listed_as_an_older_versions(write):
+    tree = json.loads(canonical_json(load(write(BASE)).config))
+    del tree["model"]["logit_softcap"]
+    archive = write(json.dumps(tree), "config.json")
+    for change in (("data", '{"name": "recall"}'), ("data.name", "recall"), ("mesh", '{"data": 2}')):
+        note = " ".join(load(archive, [change]).notes)
+        assert "model.logit_softcap = null" in note and "data.pairs" not in note and "mesh.fsdp" not in note, change
+
+
 def test_derived_sizes_follow_the_width(write):
     for width in (64, 128, 256):
         assert load(write(BASE), [("model.width", str(width))]).config.model.head_units == width // 4
@@ -213,6 +243,8 @@ def test_plugins_register_components_and_are_checked_alike(write, tmp_path, monk
     plugin = ("plugins", "my_parts_for_test")
     assert load(write(BASE), [plugin, ("model.norm.name", "mine_for_test")]).config.model.norm.epsilon == 1e-3
     assert "model.norm.epsilon" in fails(write(BASE), plugin, ("model.norm.name", "mine_for_test"), ("model.norm.epsilon", "0"))
+    (tmp_path / "my_exit_for_test.py").write_text("import sys\nsys.exit(0)\n")
+    assert "importing my_exit_for_test raised SystemExit" in fails(write(BASE), ("plugins", "my_exit_for_test"))
     assert "importing no_such_module raised" in fails(write(BASE), ("plugins", "no_such_module"))
 
 
