@@ -288,6 +288,21 @@ def test_a_prompt_longer_than_the_context_is_refused_unless_asked_for(run, capsy
         generation.main(asked)
     assert generation.main([*asked, "--context", "27"]) == 0
     assert capsys.readouterr().out.startswith("the cat sat on the mat")
+    with pytest.raises(ConfigError, match="and 1 more would exceed the context of 24 .* shorten it, or give --context"):
+        generation.main(["--run", str(run), "--prompt", "the cat sat on the mat."])
+
+
+def test_without_a_number_of_tokens_the_context_is_filled_after_the_longest_prompt(run, monkeypatch):
+    counts = []
+
+    def count_only(model, prompts, count, **how):
+        counts.append(count)
+        return [[]] * len(prompts)
+
+    monkeypatch.setattr("trainer.sampling.generate", count_only)
+    for arguments in (["--prompt", "def "], ["--prompt", "the cat", "--prompt", "a"], ["--context", "999"], ["--tokens", "3"]):
+        assert generation.main(["--run", str(run), *arguments]) == 0
+    assert counts == [LENGTH - 5, LENGTH - 8, 200, 3]
 
 
 @pytest.mark.parametrize(
@@ -302,8 +317,10 @@ def test_what_cannot_be_drawn_is_said(run, arguments, words):
         generation.main(["--run", str(run), *arguments])
 
 
-def test_data_that_is_not_text_has_nothing_to_prompt(tiny, tmp_path):
+def test_data_that_is_not_text_has_nothing_to_prompt(tiny, tmp_path, capsys):
     trainer.train(tiny(train__steps=2), tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "trainer.evaluate" in printed and "trainer.generate" not in printed
     with pytest.raises(ConfigError, match="'bigram' is not text"):
         generation.main(["--run", str(tmp_path / "run"), "--prompt", "x"])
 
