@@ -12,6 +12,13 @@ USUAL_TOKENS = 200
 """Drawn for each prompt where the context has room for them."""
 
 
+def seed(text: str) -> int:
+    """`--seed`: what JAX takes whole, as the seed of a config."""
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**31 - 1:,}, not {text!r}")
+    return int(text)
+
+
 def main(argv: Sequence[str]) -> int:
     """The command line; prints each prompt with its continuation."""
     parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
@@ -27,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top_k", type=positive, default=None, help="draw among this many most likely tokens")
     parser.add_argument("--top_p", type=float, default=None, help="draw among the fewest tokens that reach this probability")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws")
     parser.add_argument(
         "--context", type=positive, default=None, help="longest prompt and text together (default: as in training)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ class Sampling:
     top_p: float | None = None  # keep the fewest most likely tokens whose probabilities reach this
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature = {self.temperature}: expected 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature}: expected a finite number, 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k}: expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:

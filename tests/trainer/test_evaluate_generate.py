@@ -231,6 +231,8 @@ def test_what_cannot_be_evaluated_is_said(run, arguments, words):
         (generation.main, ["--context", "0"], "--context: expected a whole number from 1 on, not '0'"),
         (generation.main, ["--tokens", "0"], "--tokens: expected a whole number from 1 on, not '0'"),
         (generation.main, ["--top_k", "0"], "--top_k: expected a whole number from 1 on, not '0'"),
+        (generation.main, ["--top_k", "²"], "--top_k: expected a whole number from 1 on, not '²'"),
+        (generation.main, ["--seed", str(2**31)], "--seed: expected a whole number from 0 to 2,147,483,647, not '2147483648'"),
     ],
 )
 def test_a_flag_with_a_wrong_value_ends_with_2(run, capsys, main, arguments, words):
@@ -308,7 +310,10 @@ def test_without_a_number_of_tokens_the_context_is_filled_after_the_longest_prom
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--temperature", "-1"], "temperature = -1.0: expected 0 or more"),
+        (["--temperature", "-1"], "temperature = -1.0: expected a finite number, 0 or more"),
+        (["--temperature", "nan"], "temperature = nan: expected a finite number, 0 or more"),
+        (["--temperature", "inf"], "temperature = inf: expected a finite number, 0 or more"),
+        (["--top_p", "nan"], "top_p = nan: expected above 0, at most 1"),
         (["--top_p", "1.5"], "top_p = 1.5: expected above 0, at most 1"),
     ],
 )
