@@ -27,7 +27,7 @@ from trainer.data import python_source, shards, text_files
 from trainer.data.corpus import Document
 from trainer.data.options import PythonSource, TextFiles
 from trainer.data.tokenizer import SEPARATORS, load_tokenizer, train_bpe
-from trainer.data.tokens import INDEX, open_shard, read_index
+from trainer.data.tokens import open_shard, read_index
 from trainer.data.write import write_shards
 
 
@@ -186,8 +186,6 @@ def write_directory(chosen: argparse.Namespace) -> None:
     if chosen.shard_tokens < 1:
         raise ConfigError(f"--shard_tokens {chosen.shard_tokens}: a shard holds at least 1 token")
     source, tokenizer = find_source(chosen), load_tokenizer(chosen.tokenizer)
-    if (chosen.out / INDEX).is_file():
-        print(f"{chosen.out} is finished already", file=sys.stderr)
     with progress_bar("writing shards", source.bytes) as advance:
         index = write_shards(
             source.documents(advance),
@@ -196,6 +194,7 @@ def write_directory(chosen: argparse.Namespace) -> None:
             shard_tokens=chosen.shard_tokens,
             settings=source.description | {"files": source.files},
             description=source.description,
+            say=lambda text: print(text, file=sys.stderr),
         )
     _print_index(chosen.out, index)
 
