@@ -267,15 +267,43 @@ def test_the_command_line_trains_a_tokenizer_writes_shards_and_reads_them(build,
         (["write", "--out", "{tmp}/o", "--shard_tokens", "0", "{corpus}/*.txt"], 2, "at least 1 token"),
         (["write", "--out", "{tmp}/o", "--tokenizer", "{tmp}/no.json", "{corpus}/*.txt"], 4, "no tokenizer file"),
         (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "100", "{corpus}/*.txt"], 2, "too small"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "--max_bytes", "-5", "{corpus}/*.txt"], 2, "1 or more"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "--max_bytes", "0", "{corpus}/*.txt"], 2, "1 or more"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "{corpus}/empty.md"], 4, "empty.md holds no text"),
         (["inspect", "{tmp}/nothing"], 4, "there is no"),
         (["verify", "{corpus}/00.txt"], 4, "not a token shard|truncated"),
     ],
 )
 def test_mistakes_on_the_command_line_end_with_a_sentence(corpus, tmp_path, capsys, arguments, code, message):
+    (corpus / "empty.md").write_text("")
     filled = [argument.format(tmp=tmp_path, corpus=corpus) for argument in arguments]
     assert main(filled) == code
     printed = capsys.readouterr().err
     assert re.search(message, printed) and "Traceback" not in printed
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_said(corpus, tmp_path, capsys):
+    command = ["tokenizer", "--out", str(tmp_path / "t.json"), str(corpus / "*.txt"), "--vocab_size"]
+    assert main([*command, "260"]) == 0 and capsys.readouterr().err == ""
+    assert main([*command, "70000"]) == 0
+    assert re.search(r"no more merges than these \d+ ids; 70,000 were asked for", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["write", "--out", "{tmp}/o", "{corpus}/*.txt"], 75, "the same command goes on from here"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "{corpus}/*.txt"], 130, "nothing was written"),
+    ],
+)
+def test_what_was_interrupted_goes_on_only_where_it_was_saved(corpus, tmp_path, capsys, monkeypatch, arguments, code, words):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.data.text_files.documents", interrupted)
+    assert main([argument.format(tmp=tmp_path, corpus=corpus) for argument in arguments]) == code
+    assert words in capsys.readouterr().err
 
 
 def test_the_module_runs_and_unknown_commands_exit_2():
