@@ -57,6 +57,11 @@ def main(argv: Sequence[str]) -> int:
     if run.tokenizer is None:
         raise ConfigError(f"data.name = {run.config.data.name!r} is not text: there is nothing to prompt or to print")
     texts = arguments.prompt or [""]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"prompt {text[:40]!r} holds bytes that are not UTF-8") from None
     prompts = [[run.tokenizer.separator, *run.tokenizer.encode(text).tolist()] for text in texts]
     context = arguments.context or run.config.data.sequence_length
     for text, prompt in zip(texts, prompts, strict=True):
@@ -73,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         tokens = generate(run.model, prompts, count, depth=depth, **how)
     else:
         draft = read_depth(arguments.draft, run, "--draft")
-        drafts = arguments.draft_tokens or 4
+        drafts = min(arguments.draft_tokens or 4, count)
         tokens, seen = speculate(run.model, prompts, count, draft=draft, drafts=drafts, depth=depth, **how)
         share = seen.accepted / max(1, seen.drafted)
         words = f"{seen.accepted} of {seen.drafted} drafted tokens accepted ({share:.0%}) in {seen.rounds} rounds"

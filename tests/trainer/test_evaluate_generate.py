@@ -149,6 +149,12 @@ def test_a_depth_is_described_by_what_is_not_usual_of_it():
     assert evaluation.describe_depth(asked) == "layer_parallel layers=4 start=batched"
 
 
+def test_a_draft_is_no_longer_than_the_text(run, capsys):
+    asked = ["--run", str(run), "--tokens", "3", "--draft", "sequential", "--draft_tokens", "999999999999"]
+    assert generation.main(asked) == 0
+    assert "tokens accepted" in capsys.readouterr().err
+
+
 def test_the_length_of_a_draft_needs_a_draft(run):
     with pytest.raises(ConfigError, match="--draft_tokens is the length of a draft: give --draft too"):
         generation.main(["--run", str(run), "--draft_tokens", "3"])
@@ -310,9 +316,11 @@ def test_without_a_number_of_tokens_the_context_is_filled_after_the_longest_prom
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--temperature", "-1"], "temperature = -1.0: expected a finite number, 0 or more"),
-        (["--temperature", "nan"], "temperature = nan: expected a finite number, 0 or more"),
-        (["--temperature", "inf"], "temperature = inf: expected a finite number, 0 or more"),
+        (["--temperature", "-1"], "temperature = -1.0: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "nan"], "temperature = nan: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "inf"], "temperature = inf: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "1e-50"], "temperature = 1e-50: expected 0, or a finite number from 1e-30 on"),
+        (["--prompt", "caf\udce9"], "prompt 'caf.*' holds bytes that are not UTF-8"),
         (["--top_p", "nan"], "top_p = nan: expected above 0, at most 1"),
         (["--top_p", "1.5"], "top_p = 1.5: expected above 0, at most 1"),
     ],
