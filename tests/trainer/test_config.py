@@ -215,6 +215,8 @@ def test_derived_sizes_follow_the_width(write):
     ("changes", "words"),
     [
         ([("model.heads", "5")], "5 heads do not divide width 64"),
+        ([("model.layers", "1e12")], "at most 100,000"),  # checked before anything is planned for every layer
+        ([("model.width", "1_000_000_000_039")], "at most 1,000,000"),
         ([("model.kv_heads", "3")], "do not divide 4 query heads"),
         ([("data.batch_size", "6"), ("mesh.data", "4")], "do not divide over mesh.data x mesh.fsdp = 4"),
         ([("train.accumulation", "3")], "3 micro-batches do not divide data.batch_size 16"),
