@@ -65,7 +65,7 @@ def test_an_account_at_a_server_of_ones_own_is_found(no_account):
     settings = no_account / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
     settings.write_text("[default]\nbase_url = https://wandb.example.org\n")
-    assert resolve_mode("online") == "online"
+    assert resolve_mode("auto") == resolve_mode("online") == "online"
 
 
 def test_an_error_of_wandb_is_a_sentence(no_account, monkeypatch):
