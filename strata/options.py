@@ -8,7 +8,7 @@
         epsilon: float = option(1e-6, "added to the mean square before the root", above=0)
 
 A class may define `problems(self)`, which yields `(field, sentence)` for combinations that cannot work; it is called
-only when every field of the class was right by itself.
+only when every field of the class was right by itself, and every component and section had no problems of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 import re
 import types
 import typing
@@ -55,10 +56,8 @@ class Declared:
         """Whether a value of the right type lies in the declared range."""
         if self.among is not None and value not in self.among:
             return False
-        for bound, fine in ((self.above, "__gt__"), (self.least, "__ge__"), (self.below, "__lt__"), (self.most, "__le__")):
-            if bound is not None and not getattr(float(value), fine)(float(bound)):
-                return False
-        return True
+        bounds = ((self.above, operator.gt), (self.least, operator.ge), (self.below, operator.lt), (self.most, operator.le))
+        return all(bound is None or fine(value, bound) for bound, fine in bounds)
 
 
 def _number(bound: float) -> str:

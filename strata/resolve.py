@@ -43,7 +43,7 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields and key not in ignore:
-            found.problems.append(_unknown(cls, key, tree[key], path, list(fields)))
+            found.problems.append(_unknown(cls, key, tree[key], path, [*ignore, *fields]))
     hints, values, broken = type_hints(cls), {}, False
     for name, field in fields.items():
         declared, where = declaration(field), f"{path}.{name}" if path else name
@@ -63,12 +63,13 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
         broken |= missing and len(found.problems) > before
     if broken:
         return None
-    value = cls(**values)
+    value, before = cls(**values), len(found.problems)
     for name, message in value.problems() if hasattr(value, "problems") else ():
         where = ".".join(filter(None, [path, name]))
         shown, known = _value_at(value, name)
         found.problems.append(Problem(where, message, shown, known, defined_in(cls, name.partition(".")[0] or None)))
-    return value
+    # Whoever holds these options may ask them for what such a combination cannot give.
+    return value if len(found.problems) == before else None
 
 
 def _value_at(value: Any, name: str) -> tuple[Any, bool]:
@@ -109,8 +110,11 @@ def _parts(declared: Declared, tree: Any, given: bool, field, where: str, found:
                 found.filled.append(where)
             return ()
         if isinstance(tree, (str, Mapping)) or not hasattr(tree, "__iter__"):
-            found.problems.append(Problem(where, "expected a list of dicts, each with a name", tree))
-            return ()
+            message = "expected a list of dicts, each with a name"
+            if isinstance(tree, str) and tree in registry.names(declared.part):
+                message += f"; write {where}.0.name = {tree!r} to choose its first"
+            found.problems.append(Problem(where, message, tree, defined_in=defined_in(cls, field.name)))
+            return None
         return tuple(_part(declared, item, f"{where}.{i}", None, found, cls, field) for i, item in enumerate(tree))
     if tree is None and (field.default is None or not given):
         if field.default is None:
@@ -123,6 +127,7 @@ def _parts(declared: Declared, tree: Any, given: bool, field, where: str, found:
 
 def _part(declared: Declared, tree: Any, where: str, default: str | None, found: Resolution, cls: type, field) -> Any:
     source = defined_in(cls, field.name)
+    tree = read_literal(tree.text) if isinstance(tree, Text) else tree
     if not isinstance(tree, Mapping):
         known = registry.names(declared.part)
         message = f"expected a dict with a name; write {where}.name = {str(tree)!r} to choose a component"

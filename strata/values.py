@@ -13,6 +13,9 @@ from typing import Any
 
 from strata.options import describe, split_optional
 
+LARGEST = 2**63 - 1
+"""Of an integer option."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -31,8 +34,8 @@ class Mismatch(Exception):
 def coerce(value: Any, hint: Any) -> Any:
     """Turn `value` into the type `hint`, or raise `Mismatch`.
 
-    Integers may be written `10_000`, `1e3` or `2.0`, but not `1.5`; a boolean is never taken for a number; lists become
-    tuples; None passes only where the field is optional.
+    Integers may be written `10_000`, `1e3` or `2.0`, but not `1.5`, and have at most 64 bits; a boolean is never taken for
+    a number; lists become tuples; None passes only where the field is optional.
     """
     inner, optional = split_optional(hint)
     if isinstance(value, Text):
@@ -58,11 +61,16 @@ def coerce(value: Any, hint: Any) -> Any:
     if inner is str and isinstance(value, str):
         return value
     if inner in (int, float) and not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
         if inner is float:
             if not math.isfinite(number):
                 raise Mismatch("expected a finite number")
             return number
+        if abs(value if isinstance(value, int) else number) > LARGEST:
+            raise Mismatch("expected an integer of at most 64 bits")
         if isinstance(value, int):
             return value
         if number.is_integer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +112,10 @@ def conclude(loop: Loop, state: Any, evaluation: dict[str, float]) -> None:
     named = {step: name for step, name in loop.config.milestones.items() if step in steps}
     if named:
         print(f"  by name      {', '.join(_named(loop, step, name) for step, name in named.items())}: --step takes a name")
-    print(f"  evaluate     python -m trainer.evaluate --run {path}")
-    print(f"  generate     python -m trainer.generate --run {path} --prompt 'def '")
-    print(f"  run again    python -m trainer --config {path / 'config.json'} --workdir ANOTHER")
+    print(f"  evaluate     python -m trainer.evaluate --run {shlex.quote(str(path))}")
+    if setup.tokenizer is not None:
+        print(f"  generate     python -m trainer.generate --run {shlex.quote(str(path))} --prompt 'def '")
+    print(f"  run again    python -m trainer --config {shlex.quote(str(path / 'config.json'))} --workdir ANOTHER")
 
 
 def _named(loop: Loop, step: int, name: str) -> str:

@@ -41,7 +41,7 @@ def weights_of(text: str) -> np.ndarray:
     expected = f"--average = {text!r}: expected {', '.join(FORMS.values())}"
     if name not in FORMS or not 1 <= len(arguments) <= 1 + FORMS[name].count("["):
         raise ConfigError(expected)
-    if not arguments[0].isdigit() or int(arguments[0]) < 1:
+    if not arguments[0].isdecimal() or int(arguments[0]) < 1:
         raise ConfigError(f"{expected} with a COUNT from 1 on, not {arguments[0]!r}")
     count, *rest = int(arguments[0]), *arguments[1:]
     if name == "lawa":

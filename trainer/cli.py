@@ -64,7 +64,9 @@ def parse(argv: Sequence[str]) -> Arguments:
                     wrong.append(f"--{name} needs a value: --{name}=...")
                     continue
                 value = rest.pop(0)
-            if name in VALUES:
+            if values.get(name, value) != value:
+                wrong.append(f"--{name} is given twice, as {values[name]} and as {value}")
+            elif name in VALUES:
                 values[name] = value
             else:
                 overrides.append((name.removeprefix("config."), value))
@@ -131,6 +133,6 @@ def _whole(arguments: Arguments, name: str) -> int | None:
     text = arguments.values.get(name)
     if text is None:
         return None
-    if not text.isdigit():
+    if not text.isdecimal() or len(text) > 9:
         raise ConfigError(f"--{name} = {text}: expected a whole number")
     return int(text)

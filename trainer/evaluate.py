@@ -96,12 +96,12 @@ STEP_HELP = "a checkpoint's step or name, best, or latest (default)"
 
 def step_or_name(text: str) -> int | str:
     """`--step`: a number, or a word that `trainer.load` looks up in the run."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on, for a flag."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, not {text!r}")
     return int(text)
 

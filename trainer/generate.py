@@ -8,6 +8,16 @@ from collections.abc import Sequence
 
 from trainer.evaluate import STEP_HELP, positive, read_depth, step_or_name
 
+USUAL_TOKENS = 200
+"""Drawn for each prompt where the context has room for them."""
+
+
+def seed(text: str) -> int:
+    """`--seed`: what JAX takes whole, as the seed of a config."""
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**31 - 1:,}, not {text!r}")
+    return int(text)
+
 
 def main(argv: Sequence[str]) -> int:
     """The command line; prints each prompt with its continuation."""
@@ -15,11 +25,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", required=True, help="run directory")
     parser.add_argument("--step", type=step_or_name, default=None, help=STEP_HELP)
     parser.add_argument("--prompt", action="append", default=None, help="text to continue; several are run as one batch")
-    parser.add_argument("--tokens", type=positive, default=200, help="tokens to draw for each prompt")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=None,
+        help=f"tokens to draw for each prompt (default: {USUAL_TOKENS}, or what the context leaves after the longest prompt)",
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top_k", type=positive, default=None, help="draw among this many most likely tokens")
     parser.add_argument("--top_p", type=float, default=None, help="draw among the fewest tokens that reach this probability")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws")
     parser.add_argument(
         "--context", type=positive, default=None, help="longest prompt and text together (default: as in training)"
     )
@@ -42,23 +57,29 @@ def main(argv: Sequence[str]) -> int:
     if run.tokenizer is None:
         raise ConfigError(f"data.name = {run.config.data.name!r} is not text: there is nothing to prompt or to print")
     texts = arguments.prompt or [""]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"prompt {text[:40]!r} holds bytes that are not UTF-8") from None
     prompts = [[run.tokenizer.separator, *run.tokenizer.encode(text).tolist()] for text in texts]
     context = arguments.context or run.config.data.sequence_length
     for text, prompt in zip(texts, prompts, strict=True):
-        if len(prompt) + arguments.tokens > context:
+        if len(prompt) + (arguments.tokens or 1) > context:
             raise ConfigError(
-                f"prompt {text[:40]!r} has {len(prompt)} tokens with the separator, and {arguments.tokens} more would exceed "
-                f"the context of {context} tokens that the model was trained on; shorten it, ask for fewer with --tokens, or "
-                "give --context to go beyond it"
+                f"prompt {text[:40]!r} has {len(prompt)} tokens with the separator, and {arguments.tokens or 1} more would "
+                f"exceed the context of {context} tokens that the model was trained on; shorten it, "
+                f"{'ask for fewer with --tokens, ' if arguments.tokens else ''}or give --context to go beyond it"
             )
+    count = arguments.tokens or min(USUAL_TOKENS, context - max(map(len, prompts)))
     how = {"sampling": sampling, "seed": arguments.seed, "banned": [run.tokenizer.separator]}
     depth = read_depth(arguments.depth, run)
     if arguments.draft is None:
-        tokens = generate(run.model, prompts, arguments.tokens, depth=depth, **how)
+        tokens = generate(run.model, prompts, count, depth=depth, **how)
     else:
         draft = read_depth(arguments.draft, run, "--draft")
-        drafts = arguments.draft_tokens or 4
-        tokens, seen = speculate(run.model, prompts, arguments.tokens, draft=draft, drafts=drafts, depth=depth, **how)
+        drafts = min(arguments.draft_tokens or 4, count)
+        tokens, seen = speculate(run.model, prompts, count, draft=draft, drafts=drafts, depth=depth, **how)
         share = seen.accepted / max(1, seen.drafted)
         words = f"{seen.accepted} of {seen.drafted} drafted tokens accepted ({share:.0%}) in {seen.rounds} rounds"
         print(f"note: {words}", file=sys.stderr)

@@ -22,6 +22,7 @@ from trainer.announce import announce, conclude
 from trainer.checkpoint import Checkpointer
 from trainer.diagnostics.measure import Diagnosis
 from trainer.evaluate import evaluate
+from trainer.metrics.wandb_mirror import resolve_mode
 from trainer.options import Config
 from trainer.prefetch import Prefetch
 from trainer.reporter import Reporter
@@ -76,6 +77,8 @@ def train(
         processes.wait("every process has read the run directory")
         if status and status["state"] == "finished" and status["step"] >= config.train.steps:
             return _finished_before(directory, status)
+        if config.log.wandb != "disabled" and processes.first():
+            resolve_mode(config.log.wandb)  # an account that is missing claims no directory
         try:
             with StopRequest() as stop:
                 return Loop(config, directory, dict(origin or {}), notes, stop).run()

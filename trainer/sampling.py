@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 from flax import nnx
 
 from strata import ConfigError
+
+COLDEST = 1e-30
+"""Temperature above 0 at which logits stay finite in float32; 0 means what lies below."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Sampling:
     top_p: float | None = None  # keep the fewest most likely tokens whose probabilities reach this
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature = {self.temperature}: expected 0 or more")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature}: expected 0, or a finite number from {COLDEST:g} on")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k}: expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -19,8 +19,10 @@ WRITERS = ("out", "down")
 class Model:
     """A decoder-only transformer: embedding, a stack of blocks, a head."""
 
-    width: int = option(128, "size of the residual stream", least=1)
-    layers: int = option(4, "layers that are executed; with loops, so many fewer have parameters of their own", least=1)
+    width: int = option(128, "size of the residual stream", least=1, most=1_000_000)
+    layers: int = option(
+        4, "layers that are executed; with loops, so many fewer have parameters of their own", least=1, most=100_000
+    )
     heads: int | None = option(
         None, "query heads; None: width / head_size, or the most of at least 64 units that divide the width", least=1
     )

@@ -50,6 +50,12 @@ class House:
     wall: Wall = section(Wall, "its wall")
     number: int = option(1, "in the street", key="cosmetic")
 
+    def problems(self):
+        """Asks the wall for what only a possible wall has."""
+        if self.wall.height - self.wall.paint.layers < 0:
+            raise ZeroDivisionError("paint as high as the wall")
+        yield from ()
+
 
 def problems(cls, tree):
     return {problem.path: str(problem) for problem in resolve(cls, tree)[1].problems}
@@ -91,6 +97,11 @@ def test_all_mistakes_are_reported_at_once_with_full_paths():
     assert "did you mean matt" in found["wall.under.name"]
 
 
+def test_a_misspelt_name_of_a_component_is_suggested():
+    text = problems(House, {"wall": {"paint": {"nane": "matt"}}})["wall.paint.nane"]
+    assert "did you mean wall.paint.name?" in text and "Fields here: name, layers" in text
+
+
 def test_a_problem_names_the_file_and_line_that_define_the_field():
     text = problems(House, {"wall": {"height": 0}})["wall.height"]
     place = text.partition("defined in ")[2].rstrip(")")
@@ -106,6 +117,10 @@ def test_combinations_are_checked_beside_a_misspelt_neighbour():
 
 def test_combinations_are_not_checked_against_stand_ins_for_wrong_values():
     assert set(problems(House, {"wall": {"height": 0.5, "paint": {"layers": 99}}})) == {"wall.paint.layers"}
+
+
+def test_whoever_holds_an_impossible_combination_is_not_asked_about_it():
+    assert set(problems(House, {"wall": {"height": 1.5}})) == {"wall.height"}
 
 
 def test_a_component_without_a_dict_is_told_how_to_choose():
@@ -124,6 +139,11 @@ def test_bounds_hold_for_each_element_of_a_list():
     assert set(problems(House, {"wall": {"sizes": [1, 0]}})) == {"wall.sizes"}
 
 
+def test_the_range_of_a_number_beyond_every_float_is_checked():
+    assert set(problems(House, {"wall": {"sizes": [10**400]}, "number": 10**400})) == {"wall.sizes", "number"}
+    assert not option(1, "bounded", least=0, most=9).metadata["declared"].allows(10**400)
+
+
 def test_to_tree_and_back_is_the_identity():
     tree = {"number": 4, "wall": {"paint": {"name": "matt", "grain": "coarse"}, "under": {"name": "gloss"}, "sizes": [3, 2]}}
     house, _ = resolve(House, tree)
@@ -137,7 +157,7 @@ def test_to_tree_and_back_is_the_identity():
         ("1e3", int, 1000), ("10_000", int, 10000), ("2.0", int, 2), ("-3", int, -3), ("2", float, 2.0), ("1_0.5", float, 10.5),
         ("none", int | None, None), ("None", str | None, None), ("none", str, "none"), ("true", bool, True), ("0", bool, False),
         ("a b", str, "a b"), ("'1'", str, "1"), ("1,2", tuple[int, ...], (1, 2)), ("[1e3]", tuple[int, ...], (1000,)),
-        ("(1, 2)", tuple[int, ...], (1, 2)),
+        ("(1, 2)", tuple[int, ...], (1, 2)), (str(2**63 - 1), int, 2**63 - 1),
         ("a,b", tuple[str, ...], ("a", "b")), ("5", tuple[int, ...], (5,)), ("[]", tuple[str, ...], ()),
         ('{"a": [1]}', dict | None, {"a": [1]}), ("[a, b]", tuple[str, ...], ("a", "b")), ("a, b", tuple[str, ...], ("a", "b")),
     ],
@@ -152,6 +172,8 @@ def test_command_line_words_become_typed_values(text, hint, value):
     [
         (Text("1.5"), int), (Text("x"), int), (Text("nan"), float), (Text("maybe"), bool), (True, int), (1, bool), ("3", int),
         (3, str), (None, int), ("ab", tuple[int, ...]), (1.5, int), ([1], dict), (float("nan"), float), (Text("inf"), float),
+        (10**400, int), (Text("1" * 400), int), (Text("-" + "1" * 400), int), (Text("1" * 5000), int), (10**400, float),
+        (Text("1e400"), int),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(value, hint):

@@ -8,7 +8,7 @@ import pytest
 
 from strata import ConfigError
 from trainer import config as configuration
-from trainer.cli import parse
+from trainer.cli import _whole, parse
 from trainer.config import canonical_json, compare, config_hash, load, run_id
 
 
@@ -43,6 +43,15 @@ def test_a_config_file_with_an_argument(write):
     assert load(write(BASE) + ":7").config.model.layers == 7
 
 
+def test_an_argument_and_a_path_may_hold_colons(write, tmp_path):
+    text = "def get_config(arg=''):\n    return dict(log=dict(wandb_project=arg))\n"
+    (tmp_path / "a:b").mkdir()
+    for path in (write(text), write(text, "a:b/x.py")):
+        assert load(path + ":c:d=e:").config.log.wandb_project == "c:d=e:"
+        assert load(path).config.log.wandb_project == ""
+    assert f"config file {tmp_path}/none.py does not exist" in fails(f"{tmp_path}/none.py:a:b")
+
+
 def test_one_config_imports_another_beside_it(write):
     write(BASE, "base_config_for_test.py")
     path = write(
@@ -71,6 +80,24 @@ def test_overrides_of_every_kind(write, path, text, value):
     for step in path.split("."):
         found = getattr(found, step)
     assert found == value
+
+
+def test_a_list_of_components_is_written_on_the_command_line(write):
+    changes = [("data.sources.1.name", "python_source"), ("data.sources.0.name", "text_files"), ("data.name", "mixture")]
+    changes += [("data.sources.0.files", "a/*.txt"), ("data.sources.1.weight", "3")]
+    first, second = load(write(BASE), changes).config.data.sources
+    assert (first.name, first.files) == ("text_files", ("a/*.txt",)) and (second.name, second.weight) == ("python_source", 3.0)
+    whole = [("data.name", "mixture"), ("data.sources.0", '{"name": "python_source", "weight": 2}')]
+    assert load(write(BASE), whole).config.data.sources[0].weight == 2.0
+    text = fails(write(BASE), ("data.name", "mixture"), ("data.sources.3.name", "python_source"))
+    assert "data.sources.3 = python_source" in text and "expected an index into a list of 0" in text
+
+
+def test_a_word_where_a_list_of_components_belongs_is_one_mistake(write):
+    text = fails(write(BASE), ("data.name", "mixture"), ("data.sources", "python_source"))
+    assert text.startswith("1 problem") and "write data.sources.0.name = 'python_source'" in text
+    assert "defined in trainer/data/options.py:" in text
+    assert fails(write(BASE), ("model.mixer.name", "hybrid"), ("model.mixer.pattern", "foo")).startswith("1 problem")
 
 
 def test_a_nested_typo_gets_its_path_and_a_suggestion(write):
@@ -104,6 +131,18 @@ def test_choosing_another_component_revalidates_its_fields(write):
 def test_an_override_without_a_config_explains_itself():
     with pytest.raises(ConfigError, match="--config.x=1 overrides a field of a config, but there is no config"):
         parse(["--config.x=1"])
+
+
+def test_a_flag_that_is_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="--config is given twice, as a.py and as b.py"):
+        parse(["--config", "a.py", "--config=b.py"])
+    assert parse(["--config=a.py", "--config=a.py", "--config.seed=1", "--config.seed=2"]).values == {"config": "a.py"}
+
+
+@pytest.mark.parametrize("text", ["²", "-1", "1.5", "", "1" * 5000])
+def test_a_number_of_processes_is_a_whole_number(text):
+    with pytest.raises(ConfigError, match="--process_count = .*expected a whole number"):
+        _whole(parse(["--config=a.py", f"--process_count={text}"]), "process_count")
 
 
 def test_unknown_flags_are_listed_with_suggestions():
@@ -158,6 +197,15 @@ def test_an_archive_of_an_older_version_lists_every_default_added_since(write):
     assert load(write(BASE)).notes == ()
 
 
+def test_what_is_given_here_is_not_listed_as_an_older_versions(write):
+    tree = json.loads(canonical_json(load(write(BASE)).config))
+    del tree["model"]["logit_softcap"]
+    archive = write(json.dumps(tree), "config.json")
+    for change in (("data", '{"name": "recall"}'), ("data.name", "recall"), ("mesh", '{"data": 2}')):
+        note = " ".join(load(archive, [change]).notes)
+        assert "model.logit_softcap = null" in note and "data.pairs" not in note and "mesh.fsdp" not in note, change
+
+
 def test_derived_sizes_follow_the_width(write):
     for width in (64, 128, 256):
         assert load(write(BASE), [("model.width", str(width))]).config.model.head_units == width // 4
@@ -167,12 +215,20 @@ def test_derived_sizes_follow_the_width(write):
     ("changes", "words"),
     [
         ([("model.heads", "5")], "5 heads do not divide width 64"),
+        ([("model.layers", "1e12")], "at most 100,000"),  # checked before anything is planned for every layer
+        ([("model.width", "1_000_000_000_039")], "at most 1,000,000"),
         ([("model.kv_heads", "3")], "do not divide 4 query heads"),
         ([("data.batch_size", "6"), ("mesh.data", "4")], "do not divide over mesh.data x mesh.fsdp = 4"),
         ([("train.accumulation", "3")], "3 micro-batches do not divide data.batch_size 16"),
         ([("mesh.data", "0")], "at least one device"),
         ([("log.profile", "3")], "expected two steps"),
         ([("optimizer.sampling.name", "drop_muon"), ("model.tie_embeddings", "true")], "needs a head of its own"),
+        ([("model.mixer.name", "hybrid")], "a hybrid lists at least one mixer"),
+        ([("model.mixer.name", "hybrid"), ("model.mixer.pattern", "[]")], "a hybrid lists at least one mixer"),
+        (
+            [("model.mixer.name", "hybrid"), ("model.mixer.pattern", '[{"name": "hybrid"}]')],
+            "a hybrid lists at least one mixer",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(write, changes, words):
@@ -189,6 +245,8 @@ def test_plugins_register_components_and_are_checked_alike(write, tmp_path, monk
     plugin = ("plugins", "my_parts_for_test")
     assert load(write(BASE), [plugin, ("model.norm.name", "mine_for_test")]).config.model.norm.epsilon == 1e-3
     assert "model.norm.epsilon" in fails(write(BASE), plugin, ("model.norm.name", "mine_for_test"), ("model.norm.epsilon", "0"))
+    (tmp_path / "my_exit_for_test.py").write_text("import sys\nsys.exit(0)\n")
+    assert "importing my_exit_for_test raised SystemExit" in fails(write(BASE), ("plugins", "my_exit_for_test"))
     assert "importing no_such_module raised" in fails(write(BASE), ("plugins", "no_such_module"))
 
 

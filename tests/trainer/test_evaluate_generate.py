@@ -149,6 +149,12 @@ def test_a_depth_is_described_by_what_is_not_usual_of_it():
     assert evaluation.describe_depth(asked) == "layer_parallel layers=4 start=batched"
 
 
+def test_a_draft_is_no_longer_than_the_text(run, capsys):
+    asked = ["--run", str(run), "--tokens", "3", "--draft", "sequential", "--draft_tokens", "999999999999"]
+    assert generation.main(asked) == 0
+    assert "tokens accepted" in capsys.readouterr().err
+
+
 def test_the_length_of_a_draft_needs_a_draft(run):
     with pytest.raises(ConfigError, match="--draft_tokens is the length of a draft: give --draft too"):
         generation.main(["--run", str(run), "--draft_tokens", "3"])
@@ -231,6 +237,8 @@ def test_what_cannot_be_evaluated_is_said(run, arguments, words):
         (generation.main, ["--context", "0"], "--context: expected a whole number from 1 on, not '0'"),
         (generation.main, ["--tokens", "0"], "--tokens: expected a whole number from 1 on, not '0'"),
         (generation.main, ["--top_k", "0"], "--top_k: expected a whole number from 1 on, not '0'"),
+        (generation.main, ["--top_k", "²"], "--top_k: expected a whole number from 1 on, not '²'"),
+        (generation.main, ["--seed", str(2**31)], "--seed: expected a whole number from 0 to 2,147,483,647, not '2147483648'"),
     ],
 )
 def test_a_flag_with_a_wrong_value_ends_with_2(run, capsys, main, arguments, words):
@@ -288,12 +296,32 @@ def test_a_prompt_longer_than_the_context_is_refused_unless_asked_for(run, capsy
         generation.main(asked)
     assert generation.main([*asked, "--context", "27"]) == 0
     assert capsys.readouterr().out.startswith("the cat sat on the mat")
+    with pytest.raises(ConfigError, match="and 1 more would exceed the context of 24 .* shorten it, or give --context"):
+        generation.main(["--run", str(run), "--prompt", "the cat sat on the mat."])
+
+
+def test_without_a_number_of_tokens_the_context_is_filled_after_the_longest_prompt(run, monkeypatch):
+    counts = []
+
+    def count_only(model, prompts, count, **how):
+        counts.append(count)
+        return [[]] * len(prompts)
+
+    monkeypatch.setattr("trainer.sampling.generate", count_only)
+    for arguments in (["--prompt", "def "], ["--prompt", "the cat", "--prompt", "a"], ["--context", "999"], ["--tokens", "3"]):
+        assert generation.main(["--run", str(run), *arguments]) == 0
+    assert counts == [LENGTH - 5, LENGTH - 8, 200, 3]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--temperature", "-1"], "temperature = -1.0: expected 0 or more"),
+        (["--temperature", "-1"], "temperature = -1.0: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "nan"], "temperature = nan: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "inf"], "temperature = inf: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "1e-50"], "temperature = 1e-50: expected 0, or a finite number from 1e-30 on"),
+        (["--prompt", "caf\udce9"], "prompt 'caf.*' holds bytes that are not UTF-8"),
+        (["--top_p", "nan"], "top_p = nan: expected above 0, at most 1"),
         (["--top_p", "1.5"], "top_p = 1.5: expected above 0, at most 1"),
     ],
 )
@@ -302,8 +330,10 @@ def test_what_cannot_be_drawn_is_said(run, arguments, words):
         generation.main(["--run", str(run), *arguments])
 
 
-def test_data_that_is_not_text_has_nothing_to_prompt(tiny, tmp_path):
+def test_data_that_is_not_text_has_nothing_to_prompt(tiny, tmp_path, capsys):
     trainer.train(tiny(train__steps=2), tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "trainer.evaluate" in printed and "trainer.generate" not in printed
     with pytest.raises(ConfigError, match="'bigram' is not text"):
         generation.main(["--run", str(tmp_path / "run"), "--prompt", "x"])
 

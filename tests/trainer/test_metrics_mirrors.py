@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from trainer.metrics import MetricsWriter, read_metrics
 from trainer.metrics import tensorboard_mirror as tensorboard
 from trainer.metrics import wandb_mirror as wandb_mirror
@@ -16,10 +16,11 @@ from trainer.metrics.wandb_mirror import WandbMirror, resolve_mode
 
 @pytest.fixture
 def no_account(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -43,9 +44,39 @@ def test_automatic_is_offline_without_an_account_and_online_with_one(no_account,
     assert resolve_mode("auto") == "online"
 
 
-@pytest.mark.parametrize("mode", ["disabled", "offline", "online"])
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
 def test_a_named_mode_is_taken_as_it_is(no_account, mode):
     assert resolve_mode(mode) == mode
+
+
+def test_online_without_an_account_is_refused_before_a_directory_is_claimed(no_account, tiny, monkeypatch):
+    import trainer
+
+    with pytest.raises(ConfigError, match=r"no W&B account for api\.wandb\.ai here: .* choose auto or offline"):
+        trainer.train(tiny(log__wandb="online"), no_account / "run")
+    assert not (no_account / "run" / "config.json").exists()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert resolve_mode("online") == "online"
+
+
+def test_an_account_at_a_server_of_ones_own_is_found(no_account):
+    (no_account / "netrc").write_text("machine wandb.example.org login user password secret\n")
+    assert resolve_mode("auto") == "offline"
+    settings = no_account / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://wandb.example.org\n")
+    assert resolve_mode("auto") == resolve_mode("online") == "online"
+
+
+def test_an_error_of_wandb_is_a_sentence(no_account, monkeypatch):
+    recorder = Recorder(monkeypatch, no_account)
+
+    def refused(**rest):
+        raise RuntimeError("permission denied")
+
+    recorder.init = refused
+    with pytest.raises(StrataError, match=r"W&B did not start \(offline\): permission denied\. Nothing is lost"):
+        WandbMirror(no_account, mode="offline", run_id="a", project="p")
 
 
 def test_an_unknown_mode_is_refused():
@@ -89,6 +120,7 @@ class Recorder:
 
 
 def test_rows_are_sent_with_a_step_of_their_own_split(no_account, history, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
     recorder = Recorder(monkeypatch, no_account)
     wandb_mirror.rebuild(history, no_account, mode="online", run_id="abc-s0", project="p", group="g")
     assert recorder.logged[0] == {"train/step": 1, "train/loss": 1.0, "timing/step_seconds": 0.5}
@@ -99,6 +131,7 @@ def test_rows_are_sent_with_a_step_of_their_own_split(no_account, history, monke
 
 
 def test_a_restart_online_does_not_send_a_step_twice(no_account, history, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
     recorder = Recorder(monkeypatch, no_account)
     recorder.resumed, recorder.summary = True, {"train/step": 2}
     with WandbMirror(no_account, mode="online", run_id="abc-s0", project="p", history=history) as mirror:
@@ -109,6 +142,7 @@ def test_a_restart_online_does_not_send_a_step_twice(no_account, history, monkey
 
 
 def test_a_run_that_failed_is_marked_as_failed(no_account, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x")
     recorder = Recorder(monkeypatch, no_account)
     with pytest.raises(RuntimeError), WandbMirror(no_account, mode="online", run_id="a", project="p"):
         raise RuntimeError

@@ -16,11 +16,13 @@ from strata.values import Mismatch, plain
 
 
 def split_argument(text: str) -> tuple[Path, str]:
-    """`configs/x.py:small` to its path and `get_config` argument."""
-    if ":" in text and not Path(text).exists():
-        head, _, argument = text.rpartition(":")
-        return Path(head), argument
-    return Path(text), ""
+    """`configs/x.py:small` to its path and `get_config` argument, which may hold colons of its own."""
+    if ":" not in text or Path(text).exists():
+        return Path(text), ""
+    pieces = text.split(":")
+    heads = [":".join(pieces[:count]) for count in range(1, len(pieces))]
+    head = next((head for head in heads if Path(head).is_file()), heads[0])
+    return Path(head), text[len(head) + 1 :]
 
 
 def read(text: str) -> tuple[dict[str, Any], Path]:

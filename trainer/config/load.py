@@ -40,8 +40,8 @@ def load(source: str, changes: Sequence[tuple[str, str]] = ()) -> Loaded:
     tree, path = files.read(source)
     archived = path.suffix == ".json"
     config, notes, filled = _resolve(tree, changes, source)
-    # A resolved config is complete, so whatever is missing was added after it was written, or belongs to a part chosen here.
-    chosen = tuple(path.removesuffix("name") for path, _ in changes if path.endswith(".name"))
+    # A resolved config is complete, so whatever is missing was added after it was written, or belongs to what is given here.
+    chosen = tuple(f"{path.removesuffix('.name')}." for path, _ in changes)
     missing = sorted({where for where in filled if not where.startswith(chosen)}) if archived else []
     if missing:
         listed = [f"{where} = {json.dumps(_leaf(config, where))}" for where in missing]
@@ -81,7 +81,7 @@ def _import_plugins(tree: Mapping[str, Any], changes: Sequence[tuple[str, str]])
     for name in plugins if isinstance(plugins, (list, tuple)) else ():
         try:
             importlib.import_module(str(name))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problems.append(Problem("plugins", f"importing {name} raised {type(error).__name__}: {error}", str(name)))
     return problems
 

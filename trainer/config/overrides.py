@@ -15,14 +15,15 @@ def apply(tree: dict[str, Any], overrides: Sequence[tuple[str, str]], root: type
     """Write overrides into `tree`, in place.
 
     A component's `name` goes first: fields that the file gave for the former choice and that the new one does not have
-    are removed, and said. Fields given on the command line are never removed; a wrong one is a problem later.
+    are removed, and said. Fields given on the command line are never removed; a wrong one is a problem later. In a list
+    the index behind the last element adds one.
 
     Returns:
       Notes for the user, and problems with the paths themselves.
     """
     notes: list[str] = []
     problems: list[Problem] = []
-    for path, text in sorted(overrides, key=lambda item: (not item[0].endswith(".name"), item[0].count("."))):
+    for path, text in sorted(overrides, key=_order):
         steps = path.split(".")
         if steps[-1] == "name" and len(steps) > 1:
             notes += _choose(tree, steps[:-1], text, root)
@@ -32,17 +33,31 @@ def apply(tree: dict[str, Any], overrides: Sequence[tuple[str, str]], root: type
     return notes, problems
 
 
+def _order(override: tuple[str, str]) -> tuple[bool, int, list[int]]:
+    path, _ = override
+    indices = [index for step in path.split(".") if (index := _index(step)) is not None]
+    return not path.endswith(".name"), path.count("."), indices
+
+
+def _index(step: str) -> int | None:
+    return int(step) if step.isdecimal() and len(step) < 10 else None
+
+
 def _put(tree: Any, steps: Sequence[str], value: Text) -> Problem | None:
     for i, step in enumerate(steps):
         last, where = i == len(steps) - 1, ".".join(steps[: i + 1])
         if isinstance(tree, list):
-            if not step.isdigit() or int(step) >= len(tree):
-                return Problem(where, f"expected an index below {len(tree)} into a list", value)
-            step = int(step)
+            index = _index(step)
+            if index is None or index > len(tree):
+                message = f"expected an index into a list of {len(tree)} (from 0 on; {len(tree)} adds an element)"
+                return Problem(where, message, value)
+            if index == len(tree):
+                tree.append({})
+            step = index
         elif not isinstance(tree, dict):
             return Problem(".".join(steps[:i]), "is a single value and has no fields", tree)
         elif not last and (step not in tree or tree[step] is None):
-            tree[step] = {}
+            tree[step] = {} if _index(steps[i + 1]) is None else []
         if last:
             tree[step] = value
         else:
@@ -81,7 +96,8 @@ def _component_at(tree: Any, steps: Sequence[str], root: type) -> tuple[str, str
     found = None
     for step in steps:
         if isinstance(tree, list):  # an element of a list of components
-            tree = tree[int(step)] if step.isdigit() and int(step) < len(tree) else None
+            index = _index(step)
+            tree = tree[index] if index is not None and index < len(tree) else None
             if found and isinstance(tree, dict):
                 cls = registry.lookup(found[0], tree["name"]) if tree.get("name") in registry.names(found[0]) else None
             found = (found[0], None, tree) if found else None

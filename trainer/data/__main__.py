@@ -6,7 +6,7 @@
     python -m trainer.data verify DIR_OR_SHARD...
 
 A SOURCE is a glob of .txt, .md, .jsonl and .parquet files, or python_source, python_source:site_packages or
-python_source:all. Writing can be interrupted; the same command goes on where it stopped and ends with the same bytes.
+python_source:all. Writing shards can be interrupted; the same command goes on where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
+import math
 import platform
 import sys
 import time
@@ -27,7 +29,7 @@ from trainer.data import python_source, shards, text_files
 from trainer.data.corpus import Document
 from trainer.data.options import PythonSource, TextFiles
 from trainer.data.tokenizer import SEPARATORS, load_tokenizer, train_bpe
-from trainer.data.tokens import INDEX, open_shard, read_index
+from trainer.data.tokens import open_shard, read_index
 from trainer.data.write import write_shards
 
 
@@ -52,7 +54,8 @@ class Source:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for a wrong command line, 4 for missing or damaged data."""
+    """Run one command. Returns the exit code: 0, 2 for a wrong command line, 4 for missing or damaged data, 75 for shards that
+    were interrupted and can be gone on with."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,8 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 75
+        if chosen.run is write_directory:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 75
+        print("stopped; nothing was written, and the same command begins again", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -160,25 +166,34 @@ def train_tokenizer(chosen: argparse.Namespace) -> None:
     """`tokenizer`: train a BPE on the training documents."""
     if chosen.vocab_size < 257:
         raise ConfigError(f"--vocab_size {chosen.vocab_size} is too small: 256 bytes and a separator are 257 ids")
+    if chosen.max_bytes is not None and chosen.max_bytes < 1:
+        raise ConfigError(f"--max_bytes {chosen.max_bytes}: expected 1 or more")
     source = find_source(chosen)
-    limit = chosen.max_bytes or source.bytes
+    limit = math.inf if chosen.max_bytes is None else chosen.max_bytes
     with progress_bar("reading text", min(limit, source.bytes)) as advance:
 
         def texts() -> Iterator[str]:
             taken = 0
             for document in source.documents(advance):
-                if not document.held_out:
+                if document.data and not document.held_out:
                     yield document.data.decode(errors="replace")
                     taken += len(document.data)
                 if taken >= limit:
                     return
 
-        train_bpe(texts(), chosen.vocab_size, chosen.out)
+        read = texts()
+        first = next(read, None)
+        if first is None:
+            raise DataError(f"{' '.join(chosen.source)} holds no text to train a tokenizer on")
+        train_bpe(itertools.chain([first], read), chosen.vocab_size, chosen.out)
     tokenizer = load_tokenizer(str(chosen.out))
     print(
         f"{chosen.out}: {tokenizer.vocab_size} ids, separator {SEPARATORS[0]} = {tokenizer.separator}, "
         f"vocabulary {tokenizer.fingerprint[:12]}"
     )
+    if tokenizer.vocab_size < chosen.vocab_size:
+        words = f"the text gives no more merges than these {tokenizer.vocab_size} ids; {chosen.vocab_size:,} were asked for"
+        print(f"note: {words}", file=sys.stderr)
 
 
 def write_directory(chosen: argparse.Namespace) -> None:
@@ -186,8 +201,6 @@ def write_directory(chosen: argparse.Namespace) -> None:
     if chosen.shard_tokens < 1:
         raise ConfigError(f"--shard_tokens {chosen.shard_tokens}: a shard holds at least 1 token")
     source, tokenizer = find_source(chosen), load_tokenizer(chosen.tokenizer)
-    if (chosen.out / INDEX).is_file():
-        print(f"{chosen.out} is finished already", file=sys.stderr)
     with progress_bar("writing shards", source.bytes) as advance:
         index = write_shards(
             source.documents(advance),
@@ -196,6 +209,7 @@ def write_directory(chosen: argparse.Namespace) -> None:
             shard_tokens=chosen.shard_tokens,
             settings=source.description | {"files": source.files},
             description=source.description,
+            say=lambda text: print(text, file=sys.stderr),
         )
     _print_index(chosen.out, index)
 

@@ -170,7 +170,7 @@ class Bigram(Synthetic):
     idea (certain rows of the table are flat directions, uncertain rows sharp ones); the sizes are choices of ours.
     """
 
-    vocabulary: int = option(64, "symbols", least=2, most=65_536)
+    vocabulary: int = option(64, "symbols; their table takes 8 V^2 bytes, a few times over", least=2, most=8192)
     deterministic: float = option(0.5, "fraction of symbols with exactly one successor", least=0, most=1)
     successors: int = option(8, "successors of every other symbol", least=1)
     concentration: float | None = option(None, "Dirichlet parameter of the successors' probabilities; None: all equal", above=0)

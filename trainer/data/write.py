@@ -2,6 +2,8 @@
 
 What has been done is known from `progress.json`, which is replaced after every finished shard: for each side the shards
 so far, and the document and token at which its next shard begins. Documents before that are read again but not tokenized.
+
+What is listed is believed only after it was read: a side whose shard is missing or damaged is written again from there on.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from strata import DataError
 from trainer.data import shards
 from trainer.data.corpus import Document, Tally, described, encoded, is_exact
 from trainer.data.dataset import fingerprint
-from trainer.data.tokenizer import Tokenizer, dtype
-from trainer.data.tokens import INDEX, PROGRESS
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokens import INDEX, PROGRESS, open_shard, read_index
 
 SIDES = {False: "train", True: "validation"}
 
@@ -26,20 +28,22 @@ SIDES = {False: "train", True: "validation"}
 class _Side:
     """The shards of one side."""
 
-    def __init__(self, name: str, saved: dict[str, Any], kind: np.dtype):
+    def __init__(self, name: str, saved: dict[str, Any]):
         self.name = name
         self.shards: list[dict[str, Any]] = saved.get("shards", [])
         self.document: int = saved.get("document", 0)  # where the next shard begins: number of the document
-        self.offset: int = saved.get("offset", 0)  # and of the token in it
-        self.kind = kind
+        self.offset: int = saved.get("offset", 0)  # and tokens from its beginning, which later documents go on with
+        self._passing = self.offset  # tokens to come that are in a shard already
         self._waiting: list[tuple[int, int, np.ndarray]] = []  # (document, offset of its first token, tokens)
         self.held = 0
 
     def add(self, number: int, tokens: np.ndarray) -> None:
         """Take the tokens of document `number`, those that are not in a shard yet."""
-        offset = self.offset if number == self.document else 0
-        self._waiting.append((number, offset, tokens[offset:]))
-        self.held += len(tokens) - offset
+        passed = min(self._passing, len(tokens))
+        self._passing -= passed
+        if passed < len(tokens):
+            self._waiting.append((number, passed, tokens[passed:]))
+            self.held += len(tokens) - passed
 
     def take(self, count: int) -> np.ndarray:
         """Remove `count` tokens from the front and move the place where the next shard begins behind them."""
@@ -56,6 +60,18 @@ class _Side:
         self.held -= count
         return np.concatenate(taken)
 
+    def roll_back(self, directory: Path) -> str | None:
+        """Forget the shards from the first one on that is not on the disk as it was written, and say which that is."""
+        for count, entry in enumerate(self.shards):
+            try:
+                open_shard(directory / entry["file"], entry, check=True)
+            except DataError as error:
+                self.shards = self.shards[:count]
+                self.document, self.offset = 0, sum(entry["tokens"] for entry in self.shards)
+                self._passing = self.offset
+                return str(error)
+        return None
+
     def state(self) -> dict[str, Any]:
         """What `progress.json` keeps."""
         return {"shards": self.shards, "document": self.document, "offset": self.offset}
@@ -70,17 +86,20 @@ def write_shards(
     settings: dict[str, Any],
     description: dict[str, Any],
     on_shard: Callable[[str], None] = lambda name: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Tokenize documents into shards of `shard_tokens` tokens and an index.
 
     Args:
       documents: the same ones in the same order at every call with the same settings.
       tokenizer: its separator opens every document.
-      directory: where the shards go; made if need be. A finished directory of the same settings is left as it is.
+      directory: where the shards go; made if need be. A finished directory of the same settings is left as it is, but for
+        shards that are missing or damaged, which are written again.
       shard_tokens: tokens in every shard but the last of each side.
       settings: JSON-able; everything that decides the outcome, compared when going on with earlier work.
       description: JSON-able; kept in the index.
       on_shard: called with the file name of each shard as it is finished.
+      say: called with sentences on what was found in the directory.
 
     Returns:
       The index.
@@ -90,18 +109,35 @@ def write_shards(
     """
     directory.mkdir(parents=True, exist_ok=True)
     chosen = fingerprint(settings | {"shard_tokens": shard_tokens, "vocabulary": tokenizer.fingerprint})
-    if (directory / INDEX).is_file():
-        return _load(directory / INDEX, chosen)
-    saved = _load(directory / PROGRESS, chosen) if (directory / PROGRESS).is_file() else {}
-    sides = {side: _Side(name, saved.get(name, {}), dtype(tokenizer.vocab_size)) for side, name in SIDES.items()}
+    earlier = next((path for name in (INDEX, PROGRESS) if (path := directory / name).is_file()), None)
+    written = _load(earlier, chosen) if earlier else {}
+    finished = earlier == directory / INDEX
+    try:
+        saved = _as_progress(read_index(directory)) if finished else written
+        sides = {side: _Side(name, saved.get(name, {})) for side, name in SIDES.items()}
+        broken = [(side.name, problem) for side in sides.values() if (problem := side.roll_back(directory))]
+    except (AttributeError, KeyError, TypeError):
+        raise _damaged(earlier) from None
+    if finished and not broken:
+        say(f"{directory} is finished already")
+        return written
+    for name, problem in broken:
+        say(f"{problem}; the {name} shards are written again from there on")
     tally, exact = Tally(), saved.get("exact", True)
+
+    def save() -> None:
+        state = {side.name: side.state() for side in sides.values()}
+        _save(directory / PROGRESS, state | {"settings": chosen, "exact": exact})
+
+    if broken:
+        save()
+        (directory / INDEX).unlink(missing_ok=True)
 
     def flush(side: _Side, count: int) -> None:
         name = f"{side.name}-{len(side.shards):05d}.tokens"
         header = shards.write_shard(directory / name, side.take(count), tokenizer)
         side.shards.append({"file": name, "tokens": header.count, "sha256": header.checksum})
-        state = {side.name: side.state() for side in sides.values()}
-        _save(directory / PROGRESS, state | {"settings": chosen, "exact": exact})
+        save()
         on_shard(name)
 
     def unfinished() -> Iterator[Document]:
@@ -138,13 +174,27 @@ def _load(path: Path, settings: str) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
     except ValueError:
-        raise DataError(f"{path} is damaged; remove the directory and write it again") from None
+        raise _damaged(path) from None
+    if not isinstance(state, dict):
+        raise _damaged(path)
     if state.get("settings") != settings:
         raise DataError(
             f"{path} belongs to other work: the files, the tokenizer or the settings differ. "
             f"Give another --out, or remove {path.parent}"
         )
     return state
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is damaged; remove the directory and write it again")
+
+
+def _as_progress(index: dict[str, Any]) -> dict[str, Any]:
+    """What `progress.json` was when the index was written: both sides are behind their last document."""
+    facts = index["description"]
+    behind = sum(facts[name]["documents"] for name in SIDES.values())
+    sides = {name: {"shards": index[name]["shards"], "document": behind} for name in SIDES.values()}
+    return sides | {"exact": facts["bytes_exact"]}
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

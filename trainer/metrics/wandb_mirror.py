@@ -7,6 +7,7 @@ complete run, and `wandb sync DIR/wandb/offline-run-*` uploads it. Either kind c
 
 from __future__ import annotations
 
+import configparser
 import netrc
 import os
 import shutil
@@ -15,18 +16,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from strata import ConfigError, StrataError
 from trainer.metrics.jsonl import SPLITS, read_metrics, scalars
 
 MODES = ("disabled", "auto", "offline", "online")
 
 
 def resolve_mode(mode: str) -> str:
-    """`online` or `offline` for `auto`, by whether there is an account (an API key in the environment or in netrc)."""
+    """`online` or `offline` for `auto`, by whether there is an account (an API key in the environment or in netrc).
+
+    Raises:
+      ConfigError: `online` without an account.
+    """
     if mode not in MODES:
         raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(MODES)}")
-    if mode != "auto":
+    if mode in ("disabled", "offline"):
         return mode
-    return "online" if _has_account() else "offline"
+    if _has_account():
+        return "online"
+    if mode == "online":
+        raise ConfigError(
+            f"log.wandb = 'online', but there is no W&B account for {_host()} here: run `wandb login` or set WANDB_API_KEY, "
+            "or choose auto or offline, which need none"
+        )
+    return "offline"
 
 
 class WandbMirror:
@@ -61,17 +74,23 @@ class WandbMirror:
         import wandb
 
         replaced = _offline_runs(Path(directory), run_id) if self.mode == "offline" else []
-        self._run = wandb.init(
-            dir=str(directory),
-            mode=self.mode,
-            id=run_id,
-            resume="allow" if self.mode == "online" else None,
-            project=project,
-            group=group,
-            name=name,
-            config=dict(config or {}),
-            settings=wandb.Settings(silent=True, x_disable_meta=True, save_code=False, disable_git=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                dir=str(directory),
+                mode=self.mode,
+                id=run_id,
+                resume="allow" if self.mode == "online" else None,
+                project=project,
+                group=group,
+                name=name,
+                config=dict(config or {}),
+                settings=wandb.Settings(silent=True, x_disable_meta=True, save_code=False, disable_git=True, console="off"),
+            )
+        except Exception as error:  # of many kinds, also from the service that wandb starts
+            raise StrataError(
+                f"W&B did not start ({self.mode}): {error or type(error).__name__}. Nothing is lost: the run goes on with "
+                "log.wandb=offline or disabled, and `python -m trainer.mirror` repeats it to W&B later"
+            ) from error
         for split in SPLITS:
             self._run.define_metric(f"{split}/*", step_metric=f"{split}/step")
         self._run.define_metric("timing/*", step_metric="train/step")
@@ -130,10 +149,24 @@ def _offline_runs(directory: Path, run_id: str) -> list[Path]:
 
 
 def _has_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    named = os.environ.get("NETRC")
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(os.path.expanduser(named) if named else None).authenticators(_host()) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _host() -> str:
+    """The server that wandb would use: named in the environment or in what `wandb login --host` wrote, or the public one."""
+    url = os.environ.get("WANDB_BASE_URL")
+    if not url:
+        settings = configparser.ConfigParser(interpolation=None)
+        home = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+        try:
+            settings.read([home / "settings", Path("wandb") / "settings"])  # the later file counts
+            url = settings.get("default", "base_url", fallback=None)
+        except (configparser.Error, UnicodeDecodeError):
+            url = None
+    return urllib.parse.urlparse(url or "https://api.wandb.ai").hostname or ""

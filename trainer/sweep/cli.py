@@ -267,7 +267,7 @@ def _whole(arguments: Arguments, name: str, least: int) -> int | None:
     text = arguments.values.get(name)
     if text is None:
         return None
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"--{name} {text}: expected a whole number from {least} on")
     return int(text)
 

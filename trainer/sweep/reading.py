@@ -108,7 +108,7 @@ def _crossed(experiment: Experiment, spaces: Sequence[Space]) -> Experiment:
 def _seed(value: object) -> int:
     if isinstance(value, int):
         return value
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isdecimal():
         return int(value)
     raise ConfigError(f"--sweep.seed: {value!r} is not a whole number")
 

@@ -183,7 +183,7 @@ def call(*command: str) -> str:
 def parse_sbatch(text: str) -> str:
     """`123` or `123;cluster` to the id. Raises `StrataError`."""
     job = text.strip().partition(";")[0]
-    if not job.isdigit():
+    if not job.isdecimal():
         raise StrataError(f"sbatch --parsable answered {text.strip()!r}, not a job id")
     return job
 
@@ -194,7 +194,7 @@ def parse_squeue(text: str) -> dict[tuple[str, int], str]:
     for line in text.splitlines():
         job, _, rest = line.strip().partition("|")
         index, _, state = rest.partition("|")
-        if job.isdigit() and index.isdigit() and state:
+        if job.isdecimal() and index.isdecimal() and state:
             found[(job, int(index))] = state
     return found
 
@@ -206,7 +206,7 @@ def parse_sacct(text: str) -> dict[tuple[str, int], str]:
         name, _, rest = line.strip().partition("|")
         state, _, code = rest.partition("|")
         job, _, index = name.partition("_")
-        if job.isdigit() and index.isdigit() and state:
+        if job.isdecimal() and index.isdecimal() and state:
             found[(job, int(index))] = f"{state.split()[0]} (exit {code})" if code else state.split()[0]
     return found
 
@@ -257,7 +257,7 @@ def why_gone(task: str) -> str:
         listed = parse_sacct(call("sacct", "-n", "-P", "-j", job, "-o", "JobID,State,ExitCode"))
     except StrataError:
         listed = {}
-    return listed.get((job, int(index) if index.isdigit() else -1), "its task has left the queue without a word")
+    return listed.get((job, int(index) if index.isdecimal() else -1), "its task has left the queue without a word")
 
 
 def _end(place: Place, run: Run, state: str, step: int, message: str) -> None:

@@ -27,7 +27,7 @@ RETRIES = 2
 
 def main(argv: Sequence[str]) -> int:
     """`FILE INDEX`: run the command of that line; the exit code is the run's."""
-    if len(argv) != 2 or not argv[1].isdigit():
+    if len(argv) != 2 or not argv[1].isdecimal():
         raise ConfigError("usage: python -m trainer.sweep task FILE INDEX")
     lines = Path(argv[0]).read_text().splitlines()
     if int(argv[1]) >= len(lines):

@@ -162,6 +162,80 @@ def test_a_real_kill_and_a_second_start_give_the_same_bytes(shards, corpus, tmp_
     assert files(out) == files(shards)
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "in progress"])
+@pytest.mark.parametrize(
+    ("damaged", "side"),
+    [(["train-00000"], "train"), (["train-00003", "train-00005"], "train"), (["validation-00001"], "validation")],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_shards_that_are_missing_or_damaged_are_written_again(corpus, tmp_path, finished, damaged, side):
+    from trainer.data import text_files
+    from trainer.data.options import TextFiles
+
+    options = TextFiles(files=(str(corpus / "*.txt"),), held_out=0.3)
+
+    def write(on_shard=lambda name: None):
+        said = []
+        write_shards(
+            text_files.documents(options),
+            load_tokenizer("bytes"),
+            tmp_path / "out",
+            shard_tokens=700,
+            settings={},
+            description={"kind": "text_files"},
+            on_shard=on_shard,
+            say=said.append,
+        )
+        return said
+
+    names = []
+    assert write(names.append) == []
+    whole = files(tmp_path / "out")
+    assert write() == [f"{tmp_path / 'out'} is finished already"]
+    if not finished:
+        shutil.rmtree(tmp_path / "out")
+
+        def kill(name):
+            if name == names[-1]:
+                raise Killed
+
+        with pytest.raises(Killed):
+            write(kill)
+    first, *others = (tmp_path / "out" / f"{name}.tokens" for name in damaged)
+    first.unlink()
+    for path in others:
+        flip(path, 300)
+    again = []
+
+    def kill_at_once(name):
+        again.append(name)
+        raise Killed
+
+    with pytest.raises(Killed):
+        write(kill_at_once)
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert write(again.append) == []
+    assert files(tmp_path / "out") == whole
+    assert again == [name for name in names if name.startswith(side) and name >= first.name]
+
+
+def test_the_command_says_which_shard_it_writes_again(shards, corpus, capsys):
+    before = files(shards)
+    (shards / "train-00002.tokens").unlink()
+    assert main(["write", "--out", str(shards), "--shard_tokens", "1000", "--held_out", "0.2", str(corpus / "*.txt")]) == 0
+    said = capsys.readouterr().err
+    assert "train-00002.tokens: No such file or directory; the train shards are written again from there on" in said
+    assert "finished already" not in said and files(shards) == before
+
+
+@pytest.mark.parametrize("state", ["[]", "{", '{"settings": 1}'])
+def test_progress_that_cannot_be_read_is_named(shards, corpus, capsys, state):
+    (shards / "index.json").unlink()
+    (shards / "progress.json").write_text(state)
+    assert main(["write", "--out", str(shards), "--shard_tokens", "1000", "--held_out", "0.2", str(corpus / "*.txt")]) == 4
+    assert "progress.json" in capsys.readouterr().err
+
+
 def test_writing_again_with_other_settings_is_refused(shards, corpus, capsys):
     before = files(shards)
     assert main(["write", "--out", str(shards), "--shard_tokens", "999", str(corpus / "*.txt")]) == 4
@@ -193,15 +267,43 @@ def test_the_command_line_trains_a_tokenizer_writes_shards_and_reads_them(build,
         (["write", "--out", "{tmp}/o", "--shard_tokens", "0", "{corpus}/*.txt"], 2, "at least 1 token"),
         (["write", "--out", "{tmp}/o", "--tokenizer", "{tmp}/no.json", "{corpus}/*.txt"], 4, "no tokenizer file"),
         (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "100", "{corpus}/*.txt"], 2, "too small"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "--max_bytes", "-5", "{corpus}/*.txt"], 2, "1 or more"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "--max_bytes", "0", "{corpus}/*.txt"], 2, "1 or more"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "{corpus}/empty.md"], 4, "empty.md holds no text"),
         (["inspect", "{tmp}/nothing"], 4, "there is no"),
         (["verify", "{corpus}/00.txt"], 4, "not a token shard|truncated"),
     ],
 )
 def test_mistakes_on_the_command_line_end_with_a_sentence(corpus, tmp_path, capsys, arguments, code, message):
+    (corpus / "empty.md").write_text("")
     filled = [argument.format(tmp=tmp_path, corpus=corpus) for argument in arguments]
     assert main(filled) == code
     printed = capsys.readouterr().err
     assert re.search(message, printed) and "Traceback" not in printed
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_said(corpus, tmp_path, capsys):
+    command = ["tokenizer", "--out", str(tmp_path / "t.json"), str(corpus / "*.txt"), "--vocab_size"]
+    assert main([*command, "260"]) == 0 and capsys.readouterr().err == ""
+    assert main([*command, "70000"]) == 0
+    assert re.search(r"no more merges than these \d+ ids; 70,000 were asked for", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["write", "--out", "{tmp}/o", "{corpus}/*.txt"], 75, "the same command goes on from here"),
+        (["tokenizer", "--out", "{tmp}/t.json", "--vocab_size", "300", "{corpus}/*.txt"], 130, "nothing was written"),
+    ],
+)
+def test_what_was_interrupted_goes_on_only_where_it_was_saved(corpus, tmp_path, capsys, monkeypatch, arguments, code, words):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.data.text_files.documents", interrupted)
+    assert main([argument.format(tmp=tmp_path, corpus=corpus) for argument in arguments]) == code
+    assert words in capsys.readouterr().err
 
 
 def test_the_module_runs_and_unknown_commands_exit_2():

@@ -221,6 +221,7 @@ def test_quotas_sum_to_a_block_and_are_within_one_of_the_weights(weights):
         ("mixture", {"sources": [{"name": "python_source"}, {"name": "python_source", "weight": 1e-5}]}, "sources.1.weight"),
         ("mixture", {"sources": [{"name": "python_source", "batch_size": 3}]}, "sources.0.batch_size"),
         ("bigram", {"vocabulary": 4, "successors": 5}, "successors"),
+        ("bigram", {"vocabulary": 65_536}, "vocabulary"),
         ("recall", {"sequence_length": 30, "pairs": 8}, "pairs"),
         ("recall", {"vocabulary": 9, "pairs": 5}, "pairs"),
         ("text_files", {"files": ["x.txt"], "sequence_length": 0}, "sequence_length"),
