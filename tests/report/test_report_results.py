@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from strata import ConfigError
+from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
 from trainer.report.results import code_version, of_plan, read_results, seconds_at
-from trainer.report.verdicts import NO_VERDICT, NOT_REPRODUCED, REPRODUCED
+from trainer.report.tables import verdict_facts, verdicts
+from trainer.report.verdicts import CONTRADICTED, NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 from trainer.sweep.outcome import crossing, value
 from trainer.sweep.plan import make_plan
@@ -214,8 +216,6 @@ def test_steps_to_a_target_are_those_of_the_other_arm_at_the_same_seed(planted, 
 
 
 def test_an_improvement_of_a_logarithm_is_a_factor_and_no_share(planted, make_experiment):
-    from trainer.report.tables import verdict_facts
-
     def shown(metric):
         report = report_of(planted, planted.write_all(BETTER, make_experiment(metric=metric)))
         return report, to_json(report)["claims"][0], dict(verdict_facts(report.verdicts[0], report))["improvement"]
@@ -248,15 +248,84 @@ def test_the_machine_names_its_processor_where_the_run_does():
     assert machine(known | {"processor": "AMD EPYC"}) == "1 x cpu, 2 CPUs of AMD EPYC, jax 0.10.2, Python 3.11.7"
 
 
-def test_a_target_that_was_not_reached_counts_the_last_step_and_is_said(planted, make_experiment):
-    metric = Metric("loss", kind="steps_to", target=0.5)
-    found = make_experiment(claims=[Claim(statement="faster", source="x", arm="b", against="a", metric=metric, rule=Rule())])
-    plan = planted.plan(found)
+def timed(found, planted, arms):
+    """A report of runs that end at a loss with steps of so many seconds: `arms` from name to (losses, seconds)."""
+    plan, drawn = planted.plan(found), np.random.default_rng(0)
     for run in plan.runs:
-        planted.write(run, [4.0, 3.0, 2.0, 1.0] if run.arm == "a" else [4.0, 0.5 - run.seed / 100, 0.1, 0.1])
-    verdict = report_of(planted, plan).verdicts[0]
-    assert verdict.evidence.bounds == 5 and verdict.summary.mean == pytest.approx(2.0, abs=0.05)
-    assert "in 5 pairs a target was not reached" in verdict.why
+        losses, seconds = arms[run.arm]
+        path = planted.write(run, [x + drawn.normal(0, 0.01) for x in losses]) / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"timing": {"step_seconds": seconds * drawn.uniform(0.99, 1.01)}} if "timing" in row else {}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return report_of(planted, plan)
+
+
+def sooner(make_experiment, arm="b", against="a", rule=None, **metric):
+    claim = Claim(
+        statement="sooner", source="x", arm=arm, against=against, metric=Metric(**metric), rule=rule or Rule(effect=0.5)
+    )
+    return make_experiment(claims=[claim])
+
+
+FALLS, STAYS = [4.0, 3.0, 2.0, 0.9], [4.0, 3.8, 3.6, 3.4]
+
+
+def test_an_arm_with_cheaper_steps_that_misses_the_target_gets_no_credit(planted, make_experiment):
+    found = sooner(make_experiment, kind="seconds_to", target=1.0)
+    report = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 0.3)})
+    verdict = report.verdicts[0]
+    assert verdict.word == NOT_REPRODUCED and set(verdict.evidence.improvements) == {0.0} and verdict.evidence.missed == (5, 0)
+    assert "reached the target in none of 5 pairs" in verdict.why
+    facts = dict(verdict_facts(verdict, report))
+    assert "b in 5 pairs" in facts["target not reached"] and to_json(report)["claims"][0]["missed"] == [5, 0]
+
+
+def test_a_miss_counts_as_the_loss_it_shows_where_it_shows_one(planted, make_experiment):
+    found = sooner(make_experiment, kind="seconds_to", target=1.0)
+    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 3.0)}).verdicts[0]
+    assert verdict.word == CONTRADICTED and max(verdict.evidence.improvements) < -5
+
+
+def test_the_other_arm_gets_no_credit_for_a_miss_either(planted, make_experiment):
+    found = sooner(make_experiment, arm="a", against="b", kind="seconds_to", target=1.0)
+    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 0.3)}).verdicts[0]
+    assert verdict.word == NO_VERDICT and set(verdict.evidence.improvements) == {0.0} and verdict.evidence.missed == (0, 5)
+    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 3.0)}).verdicts[0]
+    assert verdict.word == REPRODUCED and "in 5 pairs 'b' did not reach the target" in verdict.why
+
+
+def test_a_miss_is_no_proof_of_costing_little(planted, make_experiment):
+    rule = Rule(at_most_worse=0.2, relative=True)
+    found = sooner(make_experiment, rule=rule, kind="seconds_to", target=1.0)
+    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 0.3)}).verdicts[0]
+    assert verdict.word == NOT_REPRODUCED and all(t == pytest.approx(0) for t in verdict.evidence.tested)
+
+
+def test_where_both_arms_miss_the_target_the_pair_has_no_number_and_is_counted(planted, make_experiment):
+    found = sooner(make_experiment, kind="steps_to", target=0.1)
+    report = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 1.0)})
+    verdict = report.verdicts[0]
+    assert verdict.word == NO_VERDICT and verdict.evidence.both_missed == 5 and not verdict.evidence.seeds
+    assert "5 pairs have no number, since neither arm reached the target" in verdict.why
+    facts = dict(verdict_facts(verdict, report))
+    assert "both in 5 pairs" in facts["target not reached"] and to_json(report)["claims"][0]["both_missed"] == 5
+
+
+def test_a_claim_whose_arm_is_tuned_elsewhere_says_so_wherever_it_is_shown(planted, make_experiment):
+    tuned = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100], scales=["laptop"])
+    scales = {"smoke": Scale(seeds=5), "laptop": Scale(seeds=5)}
+    arms = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5}, tune=tuned)]
+    report = report_of(planted, planted.write_all(BETTER, make_experiment(arms=arms, scales=scales)))
+    verdict = report.verdicts[0]
+    assert verdict.word == REPRODUCED and "not tuned at this scale: b" in verdict.why
+    assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: b"
+    assert verdicts(report).rows[0][1] == "reproduced (not tuned at this scale)"
+    assert to_json(report)["claims"][0]["not_tuned"] == ["b"]
+    assert markdown.render(report, []).count("not tuned at this scale") == 3
+    assert page.render(report, []).count("not tuned at this scale") == 2
+    plain = report_of(planted, planted.write_all(BETTER))
+    assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])
 
 
 def test_a_last_evaluation_of_other_data_is_said_where_steps_to_a_loss_are_compared(planted, make_experiment):
@@ -295,7 +364,7 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
 
 
 def test_a_claim_about_measurements_names_the_tokens_of_what_they_looked_at(planted, make_experiment):
-    from trainer.report.tables import arms, verdict_facts
+    from trainer.report.tables import arms
     from trainer.sweep import RunOf
 
     how = {"measure": "trainer.sweep.measurement:main"}  # is never called here

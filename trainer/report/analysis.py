@@ -12,7 +12,7 @@ from trainer.report import statistics
 from trainer.report.results import Record, Results
 from trainer.report.statistics import Summary
 from trainer.report.verdicts import Evidence, Verdict, decide
-from trainer.sweep.experiment import Claim, Metric
+from trainer.sweep.experiment import Claim, Metric, Rule
 
 
 @dataclasses.dataclass
@@ -83,11 +83,18 @@ def _arm(results: Results, name: str, control: str, metrics: list[Metric]) -> Ar
 
 
 def evidence(results: Results, claim: Claim) -> Evidence:
-    """The pairs of a claim; a pair is there where both runs of a seed finished with a number."""
+    """The pairs of a claim; a pair is there where both runs of a seed finished with a number.
+
+    A target that one arm alone did not reach gives that arm no credit: the improvement is at most 0 where it is the claim's own
+    arm (at most the loss that the rule allows), at least 0 where it is the other. Where neither reached it, the pair has no
+    number.
+    """
     metric = claim.metric or results.metric
     one, two = results.of(claim.arm), results.of(claim.against)
     a, b = results.values(claim.arm, metric), results.values(claim.against, metric)
     shared = sorted(seed for seed in a.keys() & b.keys() if a[seed] is not None and b[seed] is not None)
+    neither = [seed for seed in shared if a[seed][1] and b[seed][1]]
+    shared = [seed for seed in shared if seed not in neither]
     planned = len(results.seeds)
     unfinished = sum(record.state not in ("finished", "diverged", "failed") for record in [*one, *two])
     unfinished += planned * ((not one) + (not two))
@@ -95,13 +102,27 @@ def evidence(results: Results, claim: Claim) -> Evidence:
     return Evidence(
         claim=claim,
         seeds=tuple(shared),
-        improvements=tuple(metric.sign * (a[seed][0] - b[seed][0]) for seed in shared),
+        improvements=tuple(_improvement(claim.rule, metric.sign, a[seed], b[seed]) for seed in shared),
         planned=planned,
         unfinished=unfinished,
         failed=sum(record.state == "failed" for record in [*one, *two]) + no_number,
         diverged=tuple(sum(record.state == "diverged" for record in side) for side in (one, two)),
-        bounds=sum(a[seed][1] or b[seed][1] for seed in shared),
+        missed=(sum(a[seed][1] for seed in shared), sum(b[seed][1] for seed in shared)),
+        both_missed=len(neither),
+        others=tuple(b[seed][0] for seed in shared),
+        untuned=tuple(
+            arm.name
+            for arm in results.arms
+            if arm.name in (claim.arm, claim.against) and arm.tune is not None and not arm.tune.at(results.scale)
+        ),
     )
+
+
+def _improvement(rule: Rule, sign: int, own: tuple[float, bool], other: tuple[float, bool]) -> float:
+    difference = sign * (own[0] - other[0])
+    if own[1]:
+        return min(-rule.allowance(other[0]), difference)
+    return max(0.0, difference) if other[1] else difference
 
 
 def _warnings(results: Results) -> list[str]:
@@ -236,6 +257,9 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
         "pairs_needed": found.needed,
         "failed": found.evidence.failed,
         "diverged": found.evidence.diverged,
+        "missed": found.evidence.missed,
+        "both_missed": found.evidence.both_missed,
+        "not_tuned": found.evidence.untuned,
     }
 
 

@@ -115,6 +115,7 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
     if n > 1:
         power = f"{claim.rule.power:g}"
         worth = f"; worth seeing: {number(verdict.effect, 4)}" if verdict.effect is not None else ""
+        worth += f"; the paper's: {paper}" if claim.paper_effect and 0 < claim.paper_effect < (verdict.effect or 0) else ""
         needed = f"; {verdict.needed} pairs would find that" if verdict.needed else ""
         facts.append(("smallest effect", f"{number(verdict.smallest, 4)} with power {power}{worth}{needed}"))
     missing = [f"{evidence.failed} failed"] if evidence.failed else []
@@ -122,6 +123,13 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
     missing += [f"{evidence.unfinished} still to end"] if evidence.unfinished else []
     if missing:
         facts.append(("runs missing", ", ".join(missing)))
+    names = (claim.arm, claim.against)
+    short = [f"{name} in {count} pairs" for name, count in zip(names, evidence.missed, strict=True) if count]
+    short += [f"both in {evidence.both_missed} pairs, which have no number"] if evidence.both_missed else []
+    if short:
+        facts.append(("target not reached", f"{'; '.join(short)}; whoever misses it gets no credit"))
+    if evidence.untuned:
+        facts.append(("tuning", f"not tuned at this scale: {', '.join(evidence.untuned)}"))
     if versions := mixed_versions(verdict, report):
         facts.append(("code", versions))
     facts.append(
@@ -153,7 +161,7 @@ def verdicts(report: Report) -> Table:
         rows.append(
             [
                 claim.statement,
-                verdict.word,
+                verdict.word + (" (not tuned at this scale)" if verdict.evidence.untuned else ""),
                 f"{len(verdict.evidence.improvements)}/{verdict.evidence.planned}",
                 f"{number(found.mean, 4)} {interval(found.low, found.high)}" if found.n > 1 else number(found.mean, 4),
                 number(verdict.adjusted, 2),
