@@ -132,6 +132,66 @@ def test_rules_that_were_changed_after_the_first_run_are_shown(planted, make_exp
     assert "alpha 0.3" in text and "alpha 0.05" in text
 
 
+def ended(planted, found):
+    """A plan whose runs are there, whose rules stand in the ledger, and of which a run has ended."""
+    plan = planted.write_all(BETTER, found)
+    planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
+    return plan
+
+
+def grid(*rates):
+    return Tuning(space=axis("optimizer.direction.learning_rate", list(rates)), seeds=[100])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({}, {"metric": Metric("loss", unit="nats", lower_is_better=False)}, "lower_is_better then true, now false"),
+        ({}, {"scales": {"smoke": Scale(seeds=6)}}, "seeds.a then [0, 1, 2, 3, 4], now [0, 1, 2, 3, 4, 5]"),
+        ({}, {"arms": [Arm("a"), Arm("b", tune=grid(0.5, 0.7))]}, 'tuning.b.points then null, now [{"optimizer.direction'),
+        ({}, {"rule": Rule(effect=0.5, power=0.5)}, "rule.power then 0.8, now 0.5"),
+        ({}, {"rule": Rule(effect=0.5, margin=0.1)}, "rule.margin then 0.0, now 0.1"),
+        ({}, {"metric": Metric("loss", at="best")}, "val loss (best)"),
+        ({}, {}, None),
+    ],
+)
+def test_whatever_of_a_claim_was_changed_after_the_first_run_is_named(planted, make_experiment, before, after, words):
+    def of(rule=None, **changes):
+        claim = Claim(statement="b beats a", source="x", arm="b", against="a", rule=rule or Rule(effect=0.5))
+        return make_experiment(claims=[claim], **changes)
+
+    ended(planted, of(**before))
+    said = [w for w in report_of(planted, planted.plan(of(**after))).warnings if "were changed after" in w]
+    assert len(said) == (words is not None) and all(words in text for text in said)
+
+
+def test_a_ledger_of_an_earlier_version_is_compared_by_what_it_has(planted, make_experiment):
+    ended(planted, make_experiment())
+    path = planted.place.ledger.path
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for rule in rows[0]["rules"]:
+        for name in ("claim", "metrics", "seeds", "tuning"):
+            del rule[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not report_of(planted, planted.plan(make_experiment())).warnings
+    claim = Claim(statement="b beats a", source="x", arm="b", against="a", rule=Rule(alpha=0.3), paper_effect=0.4)
+    assert any("alpha 0.05" in w for w in report_of(planted, planted.plan(make_experiment(claims=[claim]))).warnings)
+
+
+def test_seeds_of_the_command_line_are_said(planted):
+    plan = make_plan(read("planted.py", [("seed", "0,1,2,3,4,5")]), "smoke")
+    assert any("not by the file: --sweep.seed=0,1,2,3,4,5" in warning for warning in report_of(planted, plan).warnings)
+
+
+def test_a_file_that_was_edited_after_the_first_start_is_said_of_the_file_too(planted):
+    ended(planted, None)
+    path = planted.root / "planted.py"
+    assert not analyse(read_results("planted.py", scale="smoke")).warnings
+    path.write_text(path.read_text() + "\n# looked at the results\n")
+    warnings = analyse(read_results("planted.py", scale="smoke")).warnings
+    assert warnings == ["planted.py is not what it was when the sweep was first started"]
+
+
 def test_a_changed_file_does_not_change_the_report_of_a_sweep(planted, command_file):
     results = read_results(str(planted.place.path))
     assert "has changed since" in results.notes[-1] and [arm.name for arm in results.arms] == ["a", "b"]
