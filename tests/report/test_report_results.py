@@ -10,13 +10,14 @@ from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
 from trainer.report.results import code_version, of_plan, read_results, seconds_at
-from trainer.report.tables import verdict_facts, verdicts
+from trainer.report.tables import machines, mixed_versions, verdict_facts, verdicts
 from trainer.report.verdicts import CONTRADICTED, NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 from trainer.sweep.outcome import crossing, value
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import read
 
+ENVIRONMENT = {"python": "3.11.7", "packages": {"jax": "0.10.2"}, "source": {"revision": "a" * 40, "diff": "", "untracked": []}}
 BETTER = {"a": [2.0, 2.1, 1.9, 2.05, 1.95], "b": [1.0, 1.2, 0.9, 1.0, 0.97]}
 
 
@@ -99,8 +100,6 @@ def test_one_seed_gives_no_verdict(planted, make_experiment):
 
 
 def test_runs_of_another_code_version_are_shown_with_their_arms_and_pairs(planted):
-    from trainer.report.tables import mixed_versions
-
     plan = planted.write_all(BETTER)
     other = dict(
         python="3.11.7", packages={"jax": "0.10.2"}, devices={"kind": "cpu", "count": 1}, cpus=2,
@@ -112,6 +111,25 @@ def test_runs_of_another_code_version_are_shown_with_their_arms_and_pairs(plante
     warning = next(w for w in report.warnings if "code versions are mixed" in w)
     assert "aaaaaaaaaa" in warning and "bbbbbbbbbb with changes" in warning and "(b 2)" in warning
     assert "2 of 5 pairs were made by different code versions" in mixed_versions(report.verdicts[0], report)
+
+
+def test_an_edited_file_that_git_does_not_track_is_another_version():
+    source = {"revision": "c" * 40, "diff": "", "untracked": ["new.py"]}
+    versions = [code_version({"source": source | {"contents": {"new.py": digest}}}) for digest in ("1", "2")]
+    assert versions[0] != versions[1] and code_version({"source": source}) not in versions
+
+
+def test_another_content_of_a_plugin_or_of_a_measurements_module_is_shown(planted):
+    plan = planted.write_all(BETTER, environment=ENVIRONMENT | {"modules": {"mine": "1" * 16}})
+    for run in [run for run in plan.runs if run.arm == "b" and run.seed < 2]:
+        planted.write(run, [4.0, BETTER["b"][run.seed]], environment=ENVIRONMENT | {"modules": {"mine": "2" * 16}})
+    for run in [run for run in plan.runs if run.arm == "b" and run.seed == 2]:  # another module is no mixture
+        planted.write(run, [4.0, BETTER["b"][2]], environment=ENVIRONMENT | {"modules": {"other": "3" * 16}})
+    report = report_of(planted, plan)
+    assert "runs of 2 versions of the module mine are mixed: a, b with 111111; b with 222222" in report.warnings
+    assert "2 of 5 pairs were made by different code" in mixed_versions(report.verdicts[0], report)
+    assert ["module", "mine, digest 222222", "2"] in machines(report).rows
+    assert to_json(report)["runs"][0]["modules"] == {"mine": "1" * 16}
 
 
 def test_other_uncommitted_changes_are_another_version():
@@ -464,8 +482,6 @@ def test_the_json_has_every_number_and_all_that_is_needed_to_run_it_again(plante
 
 
 def test_the_changes_of_a_code_that_no_revision_names_are_in_the_json(planted):
-    from trainer.report.tables import machines
-
     source = {"revision": "b" * 40, "diff": "+x\n+y", "untracked": ["new.py"]}
     environment = {"packages": {}, "source": source, "data": {"kind": "text", "fingerprint": "f" * 64}}
     report = report_of(planted, planted.write_all(BETTER, environment=environment))

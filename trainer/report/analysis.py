@@ -146,6 +146,10 @@ def _warnings(results: Results) -> list[str]:
     versions = Counter(version for record in results.records for version in record.versions)
     if len(versions) > 1:
         found.append(f"runs of {len(versions)} code versions are mixed: {_by_arm(results.records, versions)}")
+    for name, digests in _module_versions(results.records).items():
+        if len(digests) > 1:
+            shown = "; ".join(f"{', '.join(arms)} with {digest[:6]}" for digest, arms in digests.items())
+            found.append(f"runs of {len(digests)} versions of the module {name} are mixed: {shown}")
     machines = Counter(record.machine for record in results.records if record.machine)
     if len(machines) > 1:
         found.append(f"runs of {len(machines)} machines are mixed: " + "; ".join(f"{n} on {m}" for m, n in machines.items()))
@@ -195,6 +199,17 @@ def _by_arm(records: list[Record], versions: Counter[str]) -> str:
         arms = Counter(record.arm for record in records if version in record.versions)
         words.append(f"{count} of {version} ({', '.join(f'{arm} {n}' for arm, n in arms.items())})")
     return "; ".join(words)
+
+
+def _module_versions(records: list[Record]) -> dict[str, dict[str, list[str]]]:
+    """Of each module by name: the digests that runs had of it, and the arms of those."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        for name, digest in record.modules:
+            arms = found.setdefault(name, {}).setdefault(digest, [])
+            if record.arm not in arms:
+                arms.append(record.arm)
+    return found
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -264,12 +279,13 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
 
 
 def uncommitted(results: Results) -> dict[str, dict[str, Any]]:
-    """By code version, what was changed since its revision: a diff, and the names of new files."""
+    """By code version, what was changed since its revision: a diff, the names of new files, and digests of Python ones."""
     found = {}
     for record in results.records:
         source = record.environment.get("source") or {}
         if record.versions and (source.get("diff") or source.get("untracked")):
-            found[record.versions[0]] = {key: source.get(key) for key in ("diff", "untracked")}
+            kept = ("diff", "untracked", "contents")
+            found[record.versions[0]] = {key: source[key] for key in kept if key in source}
     return found
 
 
@@ -313,6 +329,7 @@ def _run(record: Record) -> dict[str, Any]:
         "tokens": record.tokens,
         "command": record.command,
         "versions": record.versions,
+        "modules": dict(record.modules),
         "machine": record.machine,
         "environment": kept,
         "config": record.config,

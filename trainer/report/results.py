@@ -32,6 +32,7 @@ class Record:
     Attributes:
       rows: of `metrics.jsonl`; empty for a run that has none.
       versions: of the code, one a start; more than one for a run that went on under other code.
+      modules: digests of plugins and of a measurement's module, likewise, as `(name, digest)`.
       machine: in words.
     """
 
@@ -47,6 +48,7 @@ class Record:
     tokens: int
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     versions: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
     machine: str = ""
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -244,19 +246,22 @@ def _record(directory: Path, found: Outcome, **fields: Any) -> Record:
     if starts:
         record.environment = starts[0]
         record.versions = tuple(dict.fromkeys(code_version(start) for start in starts))
+        record.modules = tuple(dict.fromkeys(pair for start in starts for pair in start.get("modules", {}).items()))
         record.machine = "; then ".join(dict.fromkeys(machine(start) for start in starts))
     return record
 
 
 def code_version(environment: Mapping[str, Any]) -> str:
-    """The source that a run was started with: revision, and a digest of what was changed in it."""
+    """The source that a run was started with: revision, and a digest of what was changed in it, files that git does not track
+    included.
+    """
     source = environment.get("source")
     if not source:
         return f"not in git, strata {environment.get('packages', {}).get('strata-lm', 'of unknown version')}"
     revision = (source.get("revision") or "no revision")[:10]
     if not source.get("diff") and not source.get("untracked"):
         return revision
-    changed = json.dumps([source.get("diff"), source.get("untracked")])
+    changed = json.dumps([source.get("diff"), source.get("untracked"), *([own] if (own := source.get("contents")) else [])])
     return f"{revision} with changes {hashlib.sha256(changed.encode()).hexdigest()[:6]}"
 
 

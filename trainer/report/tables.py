@@ -145,9 +145,16 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
 
 def mixed_versions(verdict: Verdict, report: Report) -> str:
     """A sentence where the pairs of a claim were made by different code; empty otherwise."""
-    one = {r.seed: r.versions for r in report.results.of(verdict.evidence.claim.arm)}
-    two = {r.seed: r.versions for r in report.results.of(verdict.evidence.claim.against)}
-    mixed = [seed for seed in verdict.evidence.seeds if set(one[seed]) != set(two[seed])]
+    one, two = (
+        {record.seed: record for record in report.results.of(name)}
+        for name in (verdict.evidence.claim.arm, verdict.evidence.claim.against)
+    )
+
+    def differ(seed: int) -> bool:
+        own, other = dict(one[seed].modules), dict(two[seed].modules)
+        return set(one[seed].versions) != set(two[seed].versions) or any(own[n] != other[n] for n in own.keys() & other.keys())
+
+    mixed = [seed for seed in verdict.evidence.seeds if differ(seed)]
     if mixed:
         return f"the two runs of {len(mixed)} of {len(verdict.evidence.seeds)} pairs were made by different code versions"
     return ""
@@ -212,6 +219,8 @@ def machines(report: Report) -> Table:
         if record.machine:
             places[record.machine] = places.get(record.machine, 0) + 1
     rows = [["code", name, str(count)] for name, count in versions.items()]
+    modules = Counter(f"{name}, digest {digest[:6]}" for record in report.results.records for name, digest in record.modules)
+    rows += [["module", name, str(count)] for name, count in modules.items()]
     rows += [["machine", name, str(count)] for name, count in places.items()]
     packages = next((r.environment.get("packages", {}) for r in report.results.records if r.environment), {})
     for version, changed in uncommitted(report.results).items():
