@@ -438,6 +438,23 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
     assert report.arms[1].chosen == "learning_rate=0.5" and report.verdicts[0].word == REPRODUCED
 
 
+def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, make_experiment):
+    rate = "optimizer.direction.learning_rate"
+    arms = [Arm("a"), Arm("b", tune=Tuning(space=axis(rate, [0.1, 0.5, 0.9]), seeds=[100]))]
+    found = make_experiment(arms=arms)
+    for run in planted.plan(found).runs:
+        if run.point.endswith("0.9"):
+            planted.write(run, [4.0], state="failed", message="RuntimeError: out of memory")
+            planted.place.ledger.append(
+                "end", run=run.directory, outcome="failed", step=1, message="out of memory", again=False
+            )
+        else:
+            planted.write(run, [4.0, {"0.1": 3.0, "0.5": 1.0}.get(run.point.partition("=")[2], 2.0)])
+    assert planted.plan(found).choices[0].chosen == "learning_rate=0.5"
+    warnings = report_of(planted, planted.plan(found)).warnings
+    assert any("the tuning of b chose without learning_rate=0.9" in warning for warning in warnings)
+
+
 # ---- measurements
 
 

@@ -154,6 +154,10 @@ def _warnings(results: Results) -> list[str]:
     if len(machines) > 1:
         found.append(f"runs of {len(machines)} machines are mixed: " + "; ".join(f"{n} on {m}" for m, n in machines.items()))
     for choice in results.choices:
+        if lost := [point for point, mean in choice.means.items() if mean is None and choice.chosen is not None]:
+            found.append(
+                f"the tuning of {choice.arm} chose without {', '.join(lost)}: a run there failed, diverged or has no number"
+            )
         if choice.at_edge:
             found.append(
                 f"the tuning of {choice.arm} chose {choice.chosen}, at the edge of what was tried: a better one may lie outside"

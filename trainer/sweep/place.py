@@ -22,7 +22,7 @@ from strata import ConfigError
 from trainer.atomic_files import write_bytes_atomic, write_json_atomic
 from trainer.metrics.jsonl import read_metrics
 from trainer.sweep import outcome as outcomes
-from trainer.sweep.ledger import Ledger, last_ends
+from trainer.sweep.ledger import Ledger, given_up, last_ends
 from trainer.sweep.outcome import Outcome, outcome
 from trainer.sweep.plan import Choice, Plan, Run, Score, arms_at, make_plan
 from trainer.sweep.reading import read
@@ -110,12 +110,14 @@ class Place:
         return found
 
     def score(self, metric: outcomes.Metric) -> Score:
-        """For `trainer.sweep.plan.make_plan`: reads tuning runs."""
+        """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number."""
+
+        ends = last_ends(self.ledger.rows())
 
         def score(run: Run) -> tuple[bool, float | None]:
             found = outcome(self.directory(run), run.steps)
             if found.state != "finished":
-                return found.ended, None
+                return found.ended or (found.state != "running" and given_up(ends.get(run.directory))), None
             return True, outcomes.value(read_metrics(self.directory(run) / "metrics.jsonl"), metric)
 
         return score
