@@ -10,7 +10,11 @@ import pytest
 
 from trainer.metrics import read_metrics
 from trainer.sweep.cli import chosen_arms
+from trainer.sweep.cost import describe_cost
 from trainer.sweep.ledger import Ledger, by_run
+from trainer.sweep.place import Place
+from trainer.sweep.plan import make_plan
+from trainer.sweep.reading import read
 
 CHANGES = ["--config.model.layers=1", "--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluate.every=100"]
 SWEEP = ["experiment.py", "--slots=2", "--sweep.seed=0", *CHANGES]
@@ -110,6 +114,8 @@ def test_a_measurement_fills_a_run_directory_and_is_done_once(place, command):
         (["small.py", "--sweep.model.layerz=1,2"], "unknown field; did you mean model.layers"),
         (["small.py", "--sweep.model.layers="], "axis model.layers has no values"),
         (["small.py", "--sweep.seed=x"], "'x' is not a whole number"),
+        (["small.py", "--sweep.seed=0,1,0"], "--sweep.seed names 0 twice"),
+        (["small.py", "--sweep.model.layers=[2, 2]"], "--sweep.model.layers names 2 twice"),
         (["small.py"], "give axes"),
         (["experiment.py", "--scale=paper"], "small has the scales smoke"),
         (["experiment.py", "--slots=0"], "--slots 0"),
@@ -142,6 +148,23 @@ def test_a_dry_run_prints_every_run_with_its_cost_and_rule_and_starts_nothing(pl
     assert out.count("python -m trainer --config small.py") == 4 and "MFLOP a token" in out
     assert "claim: high is better [[made up]]" in out and "decided by: paired t-test" in out
     assert not (place / "runs").exists()
+
+
+def test_a_run_that_is_half_done_costs_the_other_half(place):
+    plan = make_plan(read("experiment.py"), "smoke", changes=[("train.steps", "1000")])
+    there = Place("runs", plan.name)
+    assert "about 24 s" in describe_cost(plan, there, 1)[2]  # 4 runs of 0.1 minutes, as the file says
+    for run, step in zip(plan.runs, (1000, 500, 500, 500), strict=True):
+        directory = there.directory(run)
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(run.config)
+        state = {"state": "finished" if step == 1000 else "preempted", "step": step, "message": ""}
+        (directory / "status.json").write_text(json.dumps(state))
+    assert "about 9 s" in describe_cost(plan, there, 1)[2]
+    for run in plan.runs:
+        row = {"step": 100, "split": "train", "loss": 1.0, "timing": {"step_seconds": 0.02}}
+        (there.directory(run) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert "about 30 s" in describe_cost(plan, there, 1)[2]
 
 
 def test_a_second_launcher_of_one_sweep_is_refused(place, begin, command):

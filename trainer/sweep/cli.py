@@ -7,6 +7,7 @@ import difflib
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from strata import ConfigError, StrataError
 from trainer.run_directory import RunDirectory
@@ -189,7 +190,7 @@ def search(arguments: Arguments) -> int:
     """Let Optuna propose, run, and say the best."""
     from trainer.sweep.display import Display
     from trainer.sweep.search import Study, check
-    from trainer.sweep.search_launcher import SCALE, SearchLauncher
+    from trainer.sweep.search_launcher import SCALE, SearchLauncher, check_points
     from trainer.sweep.slots import make_slots
 
     if extra := [name for prefix in PREFIXES for name, _ in arguments.pairs[prefix]] + sorted(arguments.flags):
@@ -203,6 +204,7 @@ def search(arguments: Arguments) -> int:
         print(f"note: {note}", file=sys.stderr)
     retries = _whole(arguments, "retries", least=0)
     timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
+    check_points(found, Path(arguments.file))
     with RunDirectory(place.path):
         study = Study(found, place.path)
         launcher = SearchLauncher(place, slots, Display(place), retries=2 if retries is None else retries, **timing)
