@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from strata import ConfigError
 from trainer.metrics import read_metrics
+from trainer.sweep.assembly import check_assembly, unbegun, without_devices
 from trainer.sweep.cli import chosen_arms
 from trainer.sweep.cost import describe_cost
 from trainer.sweep.ledger import Ledger, by_run
@@ -16,6 +18,7 @@ from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import read
 
+ROOT = Path(__file__).resolve().parents[2]
 CHANGES = ["--config.model.layers=1", "--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluate.every=100"]
 SWEEP = ["experiment.py", "--slots=2", "--sweep.seed=0", *CHANGES]
 
@@ -133,6 +136,47 @@ def test_a_wrong_command_exits_2_with_the_reason_and_starts_nothing(place, comma
     code, out, err = command(*arguments)
     assert code == 2 and words in err, err
     assert not list((place / "runs").glob("small-*"))
+
+
+WRONG = """
+from trainer.sweep import *
+
+
+def get_experiment():
+    tokens = {"name": "tokens", "directory": "no_such_shards", "sequence_length": 8, "batch_size": 4}
+    wrong = {"name": "optax", "transformation": "optax.scale_by_lyon", "learning_rate": 0.1}
+    arms = [
+        Arm("right"),
+        Arm("another rate", {"optimizer.direction.learning_rate": 0.5}),
+        Arm("misspelt", {"optimizer.direction": wrong}),
+        Arm("misspelt too", {"optimizer.direction": wrong, "model.width": 16}),
+        Arm("no data", {"data": tokens}),
+    ]
+    return Experiment(name="wrong", config="small.py", arms=arms, scales={"smoke": Scale(seeds=2)})
+"""
+
+
+def test_what_only_jax_and_the_data_can_tell_is_found_before_the_first_start_and_all_at_once(place, command):
+    (place / "wrong.py").write_text(WRONG)
+    code, out, err = command("wrong.py")
+    assert code == 2 and "assembling 4 distinct runs" in out, out + err
+    assert err.count("scale_by_lyon") == 1 and "arm 'misspelt', arm 'misspelt too'" in err
+    assert "no_such_shards" in err and "'right'" not in err
+    assert not list((place / "runs").glob("*"))
+    code, out, err = command("wrong.py", "--arms=right", "--sweep.seed=0")
+    assert code == 0 and "assembling 1 distinct runs" in out and "assembled in" in out, out + err
+    plan = make_plan(read("wrong.py"), "smoke")  # what ran once, at whatever rate, need not be assembled again
+    assert [run.arm for run in unbegun(plan, Place("runs", plan.name))] == ["misspelt", "misspelt too", "no data"]
+
+
+def test_without_the_devices_of_the_runs_a_mesh_is_checked_by_processors_that_stand_for_them(place, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the process that assembles
+    plan = make_plan(read("experiment.py"), "smoke", changes=[("mesh.data", "4")])
+    there = Place("runs", plan.name)
+    assert without_devices(plan)["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=4")
+    check_assembly(plan, there, without_devices(plan))
+    with pytest.raises(ConfigError, match="needs 4 devices and there are 1"):
+        check_assembly(plan, there, {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"})
 
 
 def test_names_of_arms_may_hold_commas():
