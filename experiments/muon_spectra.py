@@ -314,8 +314,7 @@ def claims() -> list[Claim]:
         return claim(f"{arm} end lower than {against}", source, arm, against, effect, **rest)
 
     def no_higher(arm: str, against: str, source: str, allowed: float = 0.01, **rest) -> Claim:
-        statement = f"{arm[0].upper()}{arm[1:]} end at most {allowed:g} higher than {against}"
-        rule = Rule(at_most_worse=allowed)
+        statement, rule = f"{arm} end at most {allowed:g} higher than {against}", Rule(at_most_worse=allowed)
         return Claim(statement=statement, source=source, arm=arm, against=against, rule=rule, **rest)
 
     def predicts(name: str, source: str) -> Claim:

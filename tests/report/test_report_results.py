@@ -9,15 +9,14 @@ from strata import ConfigError
 from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
-from trainer.report.results import code_version, of_plan, read_results, seconds_at
-from trainer.report.tables import machines, mixed_versions, verdict_facts, verdicts
-from trainer.report.verdicts import CONTRADICTED, NO_VERDICT, NOT_REPRODUCED, REPRODUCED
+from trainer.report.results import of_plan, read_results, seconds_at
+from trainer.report.tables import machines, verdict_facts, verdicts
+from trainer.report.verdicts import NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 from trainer.sweep.outcome import crossing, value
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import read
 
-ENVIRONMENT = {"python": "3.11.7", "packages": {"jax": "0.10.2"}, "source": {"revision": "a" * 40, "diff": "", "untracked": []}}
 BETTER = {"a": [2.0, 2.1, 1.9, 2.05, 1.95], "b": [1.0, 1.2, 0.9, 1.0, 0.97]}
 
 
@@ -97,117 +96,6 @@ def test_one_seed_gives_no_verdict(planted, make_experiment):
     found = make_experiment(scales={"smoke": Scale(seeds=1)})
     report = report_of(planted, planted.write_all(BETTER, found))
     assert report.verdicts[0].word == NO_VERDICT and any("n = 1" in warning for warning in report.warnings)
-
-
-def test_runs_of_another_code_version_are_shown_with_their_arms_and_pairs(planted):
-    plan = planted.write_all(BETTER)
-    other = dict(
-        python="3.11.7", packages={"jax": "0.10.2"}, devices={"kind": "cpu", "count": 1}, cpus=2,
-        source={"revision": "b" * 40, "diff": "+x", "untracked": []},
-    )  # fmt: skip
-    for run in [run for run in plan.runs if run.arm == "b" and run.seed < 2]:
-        planted.write(run, [4.0, BETTER["b"][run.seed]], environment=other)
-    report = report_of(planted, plan)
-    warning = next(w for w in report.warnings if "code versions are mixed" in w)
-    assert "aaaaaaaaaa" in warning and "bbbbbbbbbb with changes" in warning and "(b 2)" in warning
-    assert "2 of 5 pairs were made by different code versions" in mixed_versions(report.verdicts[0], report)
-
-
-def test_an_edited_file_that_git_does_not_track_is_another_version():
-    source = {"revision": "c" * 40, "diff": "", "untracked": ["new.py"]}
-    versions = [code_version({"source": source | {"contents": {"new.py": digest}}}) for digest in ("1", "2")]
-    assert versions[0] != versions[1] and code_version({"source": source}) not in versions
-
-
-def test_another_content_of_a_plugin_or_of_a_measurements_module_is_shown(planted):
-    plan = planted.write_all(BETTER, environment=ENVIRONMENT | {"modules": {"mine": "1" * 16}})
-    for run in [run for run in plan.runs if run.arm == "b" and run.seed < 2]:
-        planted.write(run, [4.0, BETTER["b"][run.seed]], environment=ENVIRONMENT | {"modules": {"mine": "2" * 16}})
-    for run in [run for run in plan.runs if run.arm == "b" and run.seed == 2]:  # another module is no mixture
-        planted.write(run, [4.0, BETTER["b"][2]], environment=ENVIRONMENT | {"modules": {"other": "3" * 16}})
-    report = report_of(planted, plan)
-    assert "runs of 2 versions of the module mine are mixed: a, b with 111111; b with 222222" in report.warnings
-    assert "2 of 5 pairs were made by different code" in mixed_versions(report.verdicts[0], report)
-    assert ["module", "mine, digest 222222", "2"] in machines(report).rows
-    assert to_json(report)["runs"][0]["modules"] == {"mine": "1" * 16}
-
-
-def test_other_uncommitted_changes_are_another_version():
-    versions = [
-        code_version({"source": {"revision": "c" * 40, "diff": diff, "untracked": names}})
-        for diff, names in (("", []), ("+x", []), ("+y", []), ("", ["new.py"]))
-    ]
-    assert len(set(versions)) == 4 and versions[0] == "c" * 10
-
-
-def test_rules_that_were_changed_after_the_first_run_are_shown(planted, make_experiment):
-    plan = planted.write_all(BETTER)
-    planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
-    assert not report_of(planted, plan).warnings
-    claim = Claim(statement="b beats a", source="[made up]", arm="b", against="a", rule=Rule(alpha=0.3), paper_effect=0.4)
-    changed = report_of(planted, planted.plan(make_experiment(claims=[claim])))
-    text = next(w for w in changed.warnings if "rules were changed after" in w)
-    assert "alpha 0.3" in text and "alpha 0.05" in text
-
-
-def ended(planted, found):
-    """A plan whose runs are there, whose rules stand in the ledger, and of which a run has ended."""
-    plan = planted.write_all(BETTER, found)
-    planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
-    return plan
-
-
-def grid(*rates):
-    return Tuning(space=axis("optimizer.direction.learning_rate", list(rates)), seeds=[100])
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        ({}, {"metric": Metric("loss", unit="nats", lower_is_better=False)}, "lower_is_better then true, now false"),
-        ({}, {"scales": {"smoke": Scale(seeds=6)}}, "seeds.a then [0, 1, 2, 3, 4], now [0, 1, 2, 3, 4, 5]"),
-        ({}, {"arms": [Arm("a"), Arm("b", tune=grid(0.5, 0.7))]}, 'tuning.b.points then null, now [{"optimizer.direction'),
-        ({}, {"rule": Rule(effect=0.5, power=0.5)}, "rule.power then 0.8, now 0.5"),
-        ({}, {"rule": Rule(effect=0.5, margin=0.1)}, "rule.margin then 0.0, now 0.1"),
-        ({}, {"metric": Metric("loss", at="best")}, "val loss (best)"),
-        ({}, {}, None),
-    ],
-)
-def test_whatever_of_a_claim_was_changed_after_the_first_run_is_named(planted, make_experiment, before, after, words):
-    def of(rule=None, **changes):
-        claim = Claim(statement="b beats a", source="x", arm="b", against="a", rule=rule or Rule(effect=0.5))
-        return make_experiment(claims=[claim], **changes)
-
-    ended(planted, of(**before))
-    said = [w for w in report_of(planted, planted.plan(of(**after))).warnings if "were changed after" in w]
-    assert len(said) == (words is not None) and all(words in text for text in said)
-
-
-def test_a_ledger_of_an_earlier_version_is_compared_by_what_it_has(planted, make_experiment):
-    ended(planted, make_experiment())
-    path = planted.place.ledger.path
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for rule in rows[0]["rules"]:
-        for name in ("claim", "metrics", "seeds", "tuning"):
-            del rule[name]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert not report_of(planted, planted.plan(make_experiment())).warnings
-    claim = Claim(statement="b beats a", source="x", arm="b", against="a", rule=Rule(alpha=0.3), paper_effect=0.4)
-    assert any("alpha 0.05" in w for w in report_of(planted, planted.plan(make_experiment(claims=[claim]))).warnings)
-
-
-def test_seeds_of_the_command_line_are_said(planted):
-    plan = make_plan(read("planted.py", [("seed", "0,1,2,3,4,5")]), "smoke")
-    assert any("not by the file: --sweep.seed=0,1,2,3,4,5" in warning for warning in report_of(planted, plan).warnings)
-
-
-def test_a_file_that_was_edited_after_the_first_start_is_said_of_the_file_too(planted):
-    ended(planted, None)
-    path = planted.root / "planted.py"
-    assert not analyse(read_results("planted.py", scale="smoke")).warnings
-    path.write_text(path.read_text() + "\n# looked at the results\n")
-    warnings = analyse(read_results("planted.py", scale="smoke")).warnings
-    assert warnings == ["planted.py is not what it was when the sweep was first started"]
 
 
 def test_a_changed_file_does_not_change_the_report_of_a_sweep(planted, command_file):
@@ -326,86 +214,6 @@ def test_the_machine_names_its_processor_where_the_run_does():
     assert machine(known | {"processor": "AMD EPYC"}) == "1 x cpu, 2 CPUs of AMD EPYC, jax 0.10.2, Python 3.11.7"
 
 
-def timed(found, planted, arms):
-    """A report of runs that end at a loss with steps of so many seconds: `arms` from name to (losses, seconds)."""
-    plan, drawn = planted.plan(found), np.random.default_rng(0)
-    for run in plan.runs:
-        losses, seconds = arms[run.arm]
-        path = planted.write(run, [x + drawn.normal(0, 0.01) for x in losses]) / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for row in rows:
-            row |= {"timing": {"step_seconds": seconds * drawn.uniform(0.99, 1.01)}} if "timing" in row else {}
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return report_of(planted, plan)
-
-
-def sooner(make_experiment, arm="b", against="a", rule=None, **metric):
-    claim = Claim(
-        statement="sooner", source="x", arm=arm, against=against, metric=Metric(**metric), rule=rule or Rule(effect=0.5)
-    )
-    return make_experiment(claims=[claim])
-
-
-FALLS, STAYS = [4.0, 3.0, 2.0, 0.9], [4.0, 3.8, 3.6, 3.4]
-
-
-def test_an_arm_with_cheaper_steps_that_misses_the_target_gets_no_credit(planted, make_experiment):
-    found = sooner(make_experiment, kind="seconds_to", target=1.0)
-    report = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 0.3)})
-    verdict = report.verdicts[0]
-    assert verdict.word == NOT_REPRODUCED and set(verdict.evidence.improvements) == {0.0} and verdict.evidence.missed == (5, 0)
-    assert "reached the target in none of 5 pairs" in verdict.why
-    facts = dict(verdict_facts(verdict, report))
-    assert "b in 5 pairs" in facts["target not reached"] and to_json(report)["claims"][0]["missed"] == [5, 0]
-
-
-def test_a_miss_counts_as_the_loss_it_shows_where_it_shows_one(planted, make_experiment):
-    found = sooner(make_experiment, kind="seconds_to", target=1.0)
-    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 3.0)}).verdicts[0]
-    assert verdict.word == CONTRADICTED and max(verdict.evidence.improvements) < -5
-
-
-def test_the_other_arm_gets_no_credit_for_a_miss_either(planted, make_experiment):
-    found = sooner(make_experiment, arm="a", against="b", kind="seconds_to", target=1.0)
-    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 0.3)}).verdicts[0]
-    assert verdict.word == NO_VERDICT and set(verdict.evidence.improvements) == {0.0} and verdict.evidence.missed == (0, 5)
-    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 3.0)}).verdicts[0]
-    assert verdict.word == REPRODUCED and "in 5 pairs 'b' did not reach the target" in verdict.why
-
-
-def test_a_miss_is_no_proof_of_costing_little(planted, make_experiment):
-    rule = Rule(at_most_worse=0.2, relative=True)
-    found = sooner(make_experiment, rule=rule, kind="seconds_to", target=1.0)
-    verdict = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 0.3)}).verdicts[0]
-    assert verdict.word == NOT_REPRODUCED and all(t == pytest.approx(0) for t in verdict.evidence.tested)
-
-
-def test_where_both_arms_miss_the_target_the_pair_has_no_number_and_is_counted(planted, make_experiment):
-    found = sooner(make_experiment, kind="steps_to", target=0.1)
-    report = timed(found, planted, {"a": (FALLS, 1.0), "b": (STAYS, 1.0)})
-    verdict = report.verdicts[0]
-    assert verdict.word == NO_VERDICT and verdict.evidence.both_missed == 5 and not verdict.evidence.seeds
-    assert "5 pairs have no number, since neither arm reached the target" in verdict.why
-    facts = dict(verdict_facts(verdict, report))
-    assert "both in 5 pairs" in facts["target not reached"] and to_json(report)["claims"][0]["both_missed"] == 5
-
-
-def test_a_claim_whose_arm_is_tuned_elsewhere_says_so_wherever_it_is_shown(planted, make_experiment):
-    tuned = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100], scales=["laptop"])
-    scales = {"smoke": Scale(seeds=5), "laptop": Scale(seeds=5)}
-    arms = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5}, tune=tuned)]
-    report = report_of(planted, planted.write_all(BETTER, make_experiment(arms=arms, scales=scales)))
-    verdict = report.verdicts[0]
-    assert verdict.word == REPRODUCED and "not tuned at this scale: b" in verdict.why
-    assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: b"
-    assert verdicts(report).rows[0][1] == "reproduced (not tuned at this scale)"
-    assert to_json(report)["claims"][0]["not_tuned"] == ["b"]
-    assert markdown.render(report, []).count("not tuned at this scale") == 3
-    assert page.render(report, []).count("not tuned at this scale") == 2
-    plain = report_of(planted, planted.write_all(BETTER))
-    assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])
-
-
 def test_a_last_evaluation_of_other_data_is_said_where_steps_to_a_loss_are_compared(planted, make_experiment):
     for also, said in ((), False), ([Metric(kind="steps_to", target="a")], True):
         plan = planted.write_all(BETTER, make_experiment(also=also))
@@ -453,6 +261,22 @@ def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, 
     assert planted.plan(found).choices[0].chosen == "learning_rate=0.5"
     warnings = report_of(planted, planted.plan(found)).warnings
     assert any("the tuning of b chose without learning_rate=0.9" in warning for warning in warnings)
+
+
+def test_a_claim_whose_arm_is_tuned_elsewhere_says_so_wherever_it_is_shown(planted, make_experiment):
+    tuned = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100], scales=["laptop"])
+    scales = {"smoke": Scale(seeds=5), "laptop": Scale(seeds=5)}
+    arms = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5}, tune=tuned)]
+    report = report_of(planted, planted.write_all(BETTER, make_experiment(arms=arms, scales=scales)))
+    verdict = report.verdicts[0]
+    assert verdict.word == REPRODUCED and "not tuned at this scale: b" in verdict.why
+    assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: b"
+    assert verdicts(report).rows[0][1] == "reproduced (not tuned at this scale)"
+    assert to_json(report)["claims"][0]["not_tuned"] == ["b"]
+    assert markdown.render(report, []).count("not tuned at this scale") == 3
+    assert page.render(report, []).count("not tuned at this scale") == 2
+    plain = report_of(planted, planted.write_all(BETTER))
+    assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])
 
 
 # ---- measurements
