@@ -46,6 +46,7 @@ def test_an_arm_with_cheaper_steps_that_misses_the_target_gets_no_credit(planted
     assert verdict.word == NOT_REPRODUCED and set(verdict.evidence.improvements) == {0.0} and verdict.evidence.missed == (5, 0)
     assert "reached the target in none of 5 pairs" in verdict.why
     facts = dict(verdict_facts(verdict, report))
+    assert "−0" not in facts["by seed"]
     assert "b in 5 pairs" in facts["target not reached"] and to_json(report)["claims"][0]["missed"] == [5, 0]
 
 

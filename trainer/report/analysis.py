@@ -121,7 +121,7 @@ def evidence(results: Results, claim: Claim) -> Evidence:
 def _improvement(rule: Rule, sign: int, own: tuple[float, bool], other: tuple[float, bool]) -> float:
     difference = sign * (own[0] - other[0])
     if own[1]:
-        return min(-rule.allowance(other[0]), difference)
+        return min(0.0 - rule.allowance(other[0]), difference)  # 0, not -0
     return max(0.0, difference) if other[1] else difference
 
 
