@@ -10,6 +10,8 @@ appendix H]. The paper was rejected (2, 4, 8, 4 [2nd]); reviewers: the advantage
 schedules, the two noise estimators are never compared. No code is public, and several constants here are recalled or chosen
 (docs/lanton.md).
 
+"About 4 %" is tested as at most 8 %, so that 4 % can be told from the limit.
+
 Controls: every headline arm has its rate tuned over a grid of equal length. `lmo` is LANTON's own base with one rate for all,
 without which a gain over Muon could be the base's (signs for embeddings, no AdamW). Both estimators: the difference to the last
 gradient, which also sees the drift, and to an independent one. `lanton, paper's interval` measures at every update. Muon with
@@ -102,12 +104,13 @@ def get_experiment() -> Experiment:
             lower("lanton, independent", "lanton", "the comparison of estimators that a reviewer missed [2nd]"),
             lower("muon, lanton", "muon", "the control of another base, not in what was read of the paper"),
             Claim(
-                statement="a step of LMO takes less time than one of LANTON",
-                source="arXiv:2510.14009, appendix H: about 4 % over D-Muon [2nd]",
-                arm="lmo",
-                against="lanton",
+                statement="a step of lanton takes at most 8 % more time than one of d-muon",
+                source="arXiv:2510.14009, appendix H: about 4 % [2nd]",
+                arm="lanton",
+                against="d-muon",
                 metric=each,
-                rule=Rule(effect=0.01),
+                rule=Rule(at_most_worse=0.08, relative=True),
+                paper_setting="about 4 % more",
             ),
         ],
     )

@@ -192,7 +192,7 @@ def convert(donor: Any, config: Config, out: Path, conversion: Any, seed: int = 
         host = {"data": rows.get_state(), "metrics_offset": 0, "config": to_tree(config)}
         rows.close()
         directory.write_config(configuration.canonical_json(config), {"name": out.name, "converted": record})
-        directory.write_environment(describe_environment() | {"data": setup.dataset.description})
+        directory.write_environment(describe_environment(modules=config.plugins) | {"data": setup.dataset.description})
         checkpointer = Checkpointer(directory.checkpoints, keep_latest=config.checkpoint.keep_latest)
         checkpointer.save(0, state, host, blocking=True)
         checkpointer.close()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,13 @@ _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MA
 _DIFF_LIMIT = 1_000_000  # characters of the source diff that are kept
 
 
-def describe_environment(source: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def describe_environment(source: str | os.PathLike[str] | None = None, *, modules: Sequence[str] = ()) -> dict[str, Any]:
     """Versions, devices, source and command line, as JSON; no host or user name is asked for.
 
     Args:
       source: a file of the source tree whose revision is recorded; default: this one. A tree that git does not track
         (an installed package, or no git at all) is recorded as None.
+      modules: whose content is recorded wherever they lie: plugins, the module of a measurement.
     """
     import jax
 
@@ -36,6 +40,7 @@ def describe_environment(source: str | os.PathLike[str] | None = None) -> dict[s
         "processor": _processor(),
         "variables": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
         "source": _source(Path(source or __file__).resolve()),
+        "modules": {name: digest for name in modules if (digest := module_digest(name))},
         "command_line": sys.orig_argv,
     }
 
@@ -72,7 +77,39 @@ def differences(first: dict[str, Any], now: dict[str, Any], *, python_matters: b
         compare("source revision", before.get("revision"), after.get("revision"))
         if before.get("diff") != after.get("diff") or before.get("untracked") != after.get("untracked"):
             found.append("source: uncommitted changes differ")
+        elif "contents" in before and "contents" in after:  # runs of earlier versions do not say
+            changed = sorted(k for k, v in after["contents"].items() if before["contents"].get(k) != v)
+            found += [f"source: {name}, which git does not track, has changed" for name in changed]
+    for name, digest in now.get("modules", {}).items():
+        compare(f"module {name}", first.get("modules", {}).get(name, digest), digest)
     return found
+
+
+def module_digest(name: str) -> str | None:
+    """Of the content of a module, or of all Python files of a package; None where there is no such file.
+
+    The module is not run, but packages that it is in are.
+    """
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    files = [Path(spec.origin)]
+    if spec.submodule_search_locations:
+        files = sorted(Path(spec.origin).parent.rglob("*.py"))
+    return _digest(*files)
+
+
+def _digest(*files: Path) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        try:
+            found.update(hashlib.sha256(file.read_bytes()).digest())
+        except OSError:
+            found.update(b"unreadable")
+    return found.hexdigest()[:16]
 
 
 def _processor(description: str | os.PathLike[str] = "/proc/cpuinfo") -> str | None:
@@ -102,7 +139,10 @@ def _version(package: str) -> str | None:
 
 
 def _source(file: Path) -> dict[str, Any] | None:
-    """Revision, diff and untracked files of the git tree that tracks `file`; None where none does."""
+    """Revision, diff and untracked files of the git tree that tracks `file`; None where none does.
+
+    `contents` holds a digest of every untracked Python file, whose names alone would not say that it was edited.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -119,8 +159,10 @@ def _source(file: Path) -> dict[str, Any] | None:
     diff = git("diff", "HEAD", "--no-color", "--no-ext-diff") or ""
     if len(diff) > _DIFF_LIMIT:
         diff = diff[:_DIFF_LIMIT] + f"\n[cut: the diff has {len(diff)} characters]\n"
+    untracked = (git("-c", "core.quotePath=false", "ls-files", "--others", "--exclude-standard") or "").splitlines()
     return {
         "revision": (git("rev-parse", "HEAD") or "").strip() or None,
         "diff": diff,
-        "untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
+        "untracked": untracked,
+        "contents": {name: _digest(Path(folder, name)) for name in untracked if name.endswith(".py")},
     }

@@ -217,7 +217,9 @@ class Loop:
             return
         from trainer.environment import describe_environment, differences
 
-        here = describe_environment() | {"data": self.setup.dataset.description}  # first: bad data claims no directory
+        here = describe_environment(modules=self.config.plugins) | {
+            "data": self.setup.dataset.description
+        }  # first: bad data claims no directory
         self.directory.write_config(configuration.canonical_json(self.config), self.origin or None)
         first = self.directory.write_environment(here, done)
         if first is not None:

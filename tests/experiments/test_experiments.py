@@ -44,6 +44,37 @@ def test_every_scale_of_every_experiment_is_valid_and_its_claims_are_tested(name
     assert experiment.scales["smoke"].seeds != 1 and not any(arm.tune and arm.tune.at("smoke") for arm in plan.arms)
 
 
+def test_a_claim_about_relaxation_compares_arms_that_differ_in_that_alone():
+    """Depth, start or teacher: one of them between two looped arms. Models from scratch differ by their nature."""
+    from trainer.sweep.changes import flat
+
+    plan = make_plan(read(str(FILES["relaxed_recursive"])), "laptop")
+    configs = {run.arm: flat(json.loads(run.config)) for run in plan.runs}
+    assert sum(arm.part == 1 for arm in plan.arms) == 4  # the donor and three arms
+    alone = {
+        "recursive, own norms": {"model.depth.rank"},
+        "recursive, average": {"model.depth.share_norms"},
+    }
+    steps = [("relaxed", "recursive, own norms"), ("recursive, own norms", "recursive, average")]
+    for claim in plan.claims:
+        if (claim.arm, claim.against) in steps:
+            one, two = configs[claim.arm], configs[claim.against]
+            assert {k for k in one.keys() | two.keys() if one.get(k) != two.get(k)} - {"seed"} == alone[claim.against]
+            steps.remove((claim.arm, claim.against))
+    assert not steps and not any({claim.arm, claim.against} == {"relaxed", "recursive"} for claim in plan.claims)
+
+
+def test_what_a_paper_says_costs_nothing_is_claimed_as_the_paper_does():
+    for name, arm, against in (
+        ("muon_spectra", "layer-aware steps", "five steps"),
+        ("noise_adaptive_lr", "lanton", "d-muon"),
+        ("relaxed_recursive", "relaxed", "full size, trained on"),
+    ):
+        claims = read(str(FILES[name])).experiment.claims
+        assert any((c.arm, c.against) == (arm, against) and c.rule.at_most_worse for c in claims), name
+        assert not any((c.arm, c.against) == (against, arm) for c in claims), name
+
+
 def test_validating_an_experiment_loads_no_jax():
     script = (
         "import sys\nfrom trainer.sweep.reading import read\nfrom trainer.sweep.plan import make_plan\n"

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from strata import ConfigError
+from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
-from trainer.report.results import code_version, of_plan, read_results, seconds_at
+from trainer.report.results import of_plan, read_results, seconds_at
+from trainer.report.tables import machines, verdict_facts, verdicts
 from trainer.report.verdicts import NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 from trainer.sweep.outcome import crossing, value
@@ -96,40 +98,6 @@ def test_one_seed_gives_no_verdict(planted, make_experiment):
     assert report.verdicts[0].word == NO_VERDICT and any("n = 1" in warning for warning in report.warnings)
 
 
-def test_runs_of_another_code_version_are_shown_with_their_arms_and_pairs(planted):
-    from trainer.report.tables import mixed_versions
-
-    plan = planted.write_all(BETTER)
-    other = dict(
-        python="3.11.7", packages={"jax": "0.10.2"}, devices={"kind": "cpu", "count": 1}, cpus=2,
-        source={"revision": "b" * 40, "diff": "+x", "untracked": []},
-    )  # fmt: skip
-    for run in [run for run in plan.runs if run.arm == "b" and run.seed < 2]:
-        planted.write(run, [4.0, BETTER["b"][run.seed]], environment=other)
-    report = report_of(planted, plan)
-    warning = next(w for w in report.warnings if "code versions are mixed" in w)
-    assert "aaaaaaaaaa" in warning and "bbbbbbbbbb with changes" in warning and "(b 2)" in warning
-    assert "2 of 5 pairs were made by different code versions" in mixed_versions(report.verdicts[0], report)
-
-
-def test_other_uncommitted_changes_are_another_version():
-    versions = [
-        code_version({"source": {"revision": "c" * 40, "diff": diff, "untracked": names}})
-        for diff, names in (("", []), ("+x", []), ("+y", []), ("", ["new.py"]))
-    ]
-    assert len(set(versions)) == 4 and versions[0] == "c" * 10
-
-
-def test_rules_that_were_changed_after_the_first_run_are_shown(planted, make_experiment):
-    plan = planted.write_all(BETTER)
-    planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
-    assert not report_of(planted, plan).warnings
-    claim = Claim(statement="b beats a", source="[made up]", arm="b", against="a", rule=Rule(alpha=0.3), paper_effect=0.4)
-    changed = report_of(planted, planted.plan(make_experiment(claims=[claim])))
-    text = next(w for w in changed.warnings if "rules were changed after" in w)
-    assert "alpha 0.3" in text and "alpha 0.05" in text
-
-
 def test_a_changed_file_does_not_change_the_report_of_a_sweep(planted, command_file):
     results = read_results(str(planted.place.path))
     assert "has changed since" in results.notes[-1] and [arm.name for arm in results.arms] == ["a", "b"]
@@ -214,8 +182,6 @@ def test_steps_to_a_target_are_those_of_the_other_arm_at_the_same_seed(planted, 
 
 
 def test_an_improvement_of_a_logarithm_is_a_factor_and_no_share(planted, make_experiment):
-    from trainer.report.tables import verdict_facts
-
     def shown(metric):
         report = report_of(planted, planted.write_all(BETTER, make_experiment(metric=metric)))
         return report, to_json(report)["claims"][0], dict(verdict_facts(report.verdicts[0], report))["improvement"]
@@ -246,17 +212,6 @@ def test_the_machine_names_its_processor_where_the_run_does():
     assert machine(known) == "1 x cpu, 2 CPUs, jax 0.10.2, Python 3.11.7"  # of earlier versions
     assert machine(known | {"processor": None}) == machine(known)
     assert machine(known | {"processor": "AMD EPYC"}) == "1 x cpu, 2 CPUs of AMD EPYC, jax 0.10.2, Python 3.11.7"
-
-
-def test_a_target_that_was_not_reached_counts_the_last_step_and_is_said(planted, make_experiment):
-    metric = Metric("loss", kind="steps_to", target=0.5)
-    found = make_experiment(claims=[Claim(statement="faster", source="x", arm="b", against="a", metric=metric, rule=Rule())])
-    plan = planted.plan(found)
-    for run in plan.runs:
-        planted.write(run, [4.0, 3.0, 2.0, 1.0] if run.arm == "a" else [4.0, 0.5 - run.seed / 100, 0.1, 0.1])
-    verdict = report_of(planted, plan).verdicts[0]
-    assert verdict.evidence.bounds == 5 and verdict.summary.mean == pytest.approx(2.0, abs=0.05)
-    assert "in 5 pairs a target was not reached" in verdict.why
 
 
 def test_a_last_evaluation_of_other_data_is_said_where_steps_to_a_loss_are_compared(planted, make_experiment):
@@ -291,11 +246,44 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
     assert report.arms[1].chosen == "learning_rate=0.5" and report.verdicts[0].word == REPRODUCED
 
 
+def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, make_experiment):
+    rate = "optimizer.direction.learning_rate"
+    arms = [Arm("a"), Arm("b", tune=Tuning(space=axis(rate, [0.1, 0.5, 0.9]), seeds=[100]))]
+    found = make_experiment(arms=arms)
+    for run in planted.plan(found).runs:
+        if run.point.endswith("0.9"):
+            planted.write(run, [4.0], state="failed", message="RuntimeError: out of memory")
+            planted.place.ledger.append(
+                "end", run=run.directory, outcome="failed", step=1, message="out of memory", again=False
+            )
+        else:
+            planted.write(run, [4.0, {"0.1": 3.0, "0.5": 1.0}.get(run.point.partition("=")[2], 2.0)])
+    assert planted.plan(found).choices[0].chosen == "learning_rate=0.5"
+    warnings = report_of(planted, planted.plan(found)).warnings
+    assert any("the tuning of b chose without learning_rate=0.9" in warning for warning in warnings)
+
+
+def test_a_claim_whose_arm_is_tuned_elsewhere_says_so_wherever_it_is_shown(planted, make_experiment):
+    tuned = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100], scales=["laptop"])
+    scales = {"smoke": Scale(seeds=5), "laptop": Scale(seeds=5)}
+    arms = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5}, tune=tuned)]
+    report = report_of(planted, planted.write_all(BETTER, make_experiment(arms=arms, scales=scales)))
+    verdict = report.verdicts[0]
+    assert verdict.word == REPRODUCED and "not tuned at this scale: b" in verdict.why
+    assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: b"
+    assert verdicts(report).rows[0][1] == "reproduced (not tuned at this scale)"
+    assert to_json(report)["claims"][0]["not_tuned"] == ["b"]
+    assert markdown.render(report, []).count("not tuned at this scale") == 3
+    assert page.render(report, []).count("not tuned at this scale") == 2
+    plain = report_of(planted, planted.write_all(BETTER))
+    assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])
+
+
 # ---- measurements
 
 
 def test_a_claim_about_measurements_names_the_tokens_of_what_they_looked_at(planted, make_experiment):
-    from trainer.report.tables import arms, verdict_facts
+    from trainer.report.tables import arms
     from trainer.sweep import RunOf
 
     how = {"measure": "trainer.sweep.measurement:main"}  # is never called here
@@ -335,8 +323,6 @@ def test_the_json_has_every_number_and_all_that_is_needed_to_run_it_again(plante
 
 
 def test_the_changes_of_a_code_that_no_revision_names_are_in_the_json(planted):
-    from trainer.report.tables import machines
-
     source = {"revision": "b" * 40, "diff": "+x\n+y", "untracked": ["new.py"]}
     environment = {"packages": {}, "source": source, "data": {"kind": "text", "fingerprint": "f" * 64}}
     report = report_of(planted, planted.write_all(BETTER, environment=environment))

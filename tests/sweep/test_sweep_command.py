@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from strata import ConfigError
 from trainer.metrics import read_metrics
+from trainer.sweep.assembly import check_assembly, unbegun, without_devices
 from trainer.sweep.cli import chosen_arms
+from trainer.sweep.cost import describe_cost
 from trainer.sweep.ledger import Ledger, by_run
+from trainer.sweep.place import Place
+from trainer.sweep.plan import make_plan
+from trainer.sweep.reading import read
 
+ROOT = Path(__file__).resolve().parents[2]
 CHANGES = ["--config.model.layers=1", "--config.train.steps=300", "--config.checkpoint.every=20", "--config.evaluate.every=100"]
 SWEEP = ["experiment.py", "--slots=2", "--sweep.seed=0", *CHANGES]
 
@@ -110,6 +117,8 @@ def test_a_measurement_fills_a_run_directory_and_is_done_once(place, command):
         (["small.py", "--sweep.model.layerz=1,2"], "unknown field; did you mean model.layers"),
         (["small.py", "--sweep.model.layers="], "axis model.layers has no values"),
         (["small.py", "--sweep.seed=x"], "'x' is not a whole number"),
+        (["small.py", "--sweep.seed=0,1,0"], "--sweep.seed names 0 twice"),
+        (["small.py", "--sweep.model.layers=[2, 2]"], "--sweep.model.layers names 2 twice"),
         (["small.py"], "give axes"),
         (["experiment.py", "--scale=paper"], "small has the scales smoke"),
         (["experiment.py", "--slots=0"], "--slots 0"),
@@ -129,6 +138,47 @@ def test_a_wrong_command_exits_2_with_the_reason_and_starts_nothing(place, comma
     assert not list((place / "runs").glob("small-*"))
 
 
+WRONG = """
+from trainer.sweep import *
+
+
+def get_experiment():
+    tokens = {"name": "tokens", "directory": "no_such_shards", "sequence_length": 8, "batch_size": 4}
+    wrong = {"name": "optax", "transformation": "optax.scale_by_lyon", "learning_rate": 0.1}
+    arms = [
+        Arm("right"),
+        Arm("another rate", {"optimizer.direction.learning_rate": 0.5}),
+        Arm("misspelt", {"optimizer.direction": wrong}),
+        Arm("misspelt too", {"optimizer.direction": wrong, "model.width": 16}),
+        Arm("no data", {"data": tokens}),
+    ]
+    return Experiment(name="wrong", config="small.py", arms=arms, scales={"smoke": Scale(seeds=2)})
+"""
+
+
+def test_what_only_jax_and_the_data_can_tell_is_found_before_the_first_start_and_all_at_once(place, command):
+    (place / "wrong.py").write_text(WRONG)
+    code, out, err = command("wrong.py")
+    assert code == 2 and "assembling 4 distinct runs" in out, out + err
+    assert err.count("scale_by_lyon") == 1 and "arm 'misspelt', arm 'misspelt too'" in err
+    assert "no_such_shards" in err and "'right'" not in err
+    assert not list((place / "runs").glob("*"))
+    code, out, err = command("wrong.py", "--arms=right", "--sweep.seed=0")
+    assert code == 0 and "assembling 1 distinct runs" in out and "assembled in" in out, out + err
+    plan = make_plan(read("wrong.py"), "smoke")  # what ran once, at whatever rate, need not be assembled again
+    assert [run.arm for run in unbegun(plan, Place("runs", plan.name))] == ["misspelt", "misspelt too", "no data"]
+
+
+def test_without_the_devices_of_the_runs_a_mesh_is_checked_by_processors_that_stand_for_them(place, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the process that assembles
+    plan = make_plan(read("experiment.py"), "smoke", changes=[("mesh.data", "4")])
+    there = Place("runs", plan.name)
+    assert without_devices(plan)["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=4")
+    check_assembly(plan, there, without_devices(plan))
+    with pytest.raises(ConfigError, match="needs 4 devices and there are 1"):
+        check_assembly(plan, there, {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"})
+
+
 def test_names_of_arms_may_hold_commas():
     known = ["a", "a, b", "a, b, c", "d"]
     assert chosen_arms("a, b,d", known) == ["a, b", "d"] and chosen_arms("a,b,c", known) == ["a, b, c"]
@@ -142,6 +192,23 @@ def test_a_dry_run_prints_every_run_with_its_cost_and_rule_and_starts_nothing(pl
     assert out.count("python -m trainer --config small.py") == 4 and "MFLOP a token" in out
     assert "claim: high is better [[made up]]" in out and "decided by: paired t-test" in out
     assert not (place / "runs").exists()
+
+
+def test_a_run_that_is_half_done_costs_the_other_half(place):
+    plan = make_plan(read("experiment.py"), "smoke", changes=[("train.steps", "1000")])
+    there = Place("runs", plan.name)
+    assert "about 24 s" in describe_cost(plan, there, 1)[2]  # 4 runs of 0.1 minutes, as the file says
+    for run, step in zip(plan.runs, (1000, 500, 500, 500), strict=True):
+        directory = there.directory(run)
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(run.config)
+        state = {"state": "finished" if step == 1000 else "preempted", "step": step, "message": ""}
+        (directory / "status.json").write_text(json.dumps(state))
+    assert "about 9 s" in describe_cost(plan, there, 1)[2]
+    for run in plan.runs:
+        row = {"step": 100, "split": "train", "loss": 1.0, "timing": {"step_seconds": 0.02}}
+        (there.directory(run) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert "about 30 s" in describe_cost(plan, there, 1)[2]
 
 
 def test_a_second_launcher_of_one_sweep_is_refused(place, begin, command):

@@ -238,6 +238,31 @@ def test_a_tuned_arm_is_compared_with_the_point_that_its_tuning_runs_chose(place
     assert sweep.plan().choices[0].chosen == "learning_rate=0.001" and sweep.plan().later == 0
 
 
+def test_a_tuning_run_that_failed_for_good_is_not_chosen_and_does_not_hold_up_the_comparison(place, monkeypatch):
+    arms = [Arm("tuned", tune=Tuning(space=axis(RATE, [1e-3, 1e-2]), seeds=[100])), Arm("fixed", {RATE: 1e-4})]
+    sweep = Sweep(monkeypatch, arms)
+    best = next(run for run in sweep.plan().runs if run.point == "learning_rate=0.001")
+    sweep.place.runs.mkdir()
+    (sweep.place.runs / f"{best.directory}.script").write_text("data")
+    assert sweep.launch() == 1
+    assert sweep.starts() == [("tuned", 100), ("tuned", 100), ("fixed", 0), ("fixed", 1), ("tuned", 0), ("tuned", 1)]
+    choice = sweep.plan().choices[0]
+    assert choice.chosen == "learning_rate=0.01" and choice.means["learning_rate=0.001"] is None
+    (sweep.place.runs / f"{best.directory}.script").unlink()  # the cause is gone: it is tried again, and is the better point
+    before = len(sweep.starts())
+    assert sweep.launch() == 0 and sweep.plan().choices[0].chosen == "learning_rate=0.001"
+    assert sweep.starts()[before:] == [("tuned", 100), ("tuned", 0), ("tuned", 1)]
+
+
+def test_where_every_point_of_a_tuning_failed_nothing_is_chosen(place, monkeypatch):
+    sweep = Sweep(monkeypatch, [Arm("tuned", tune=Tuning(space=axis(RATE, [1e-3]), seeds=[100])), Arm("fixed", {RATE: 1e-4})])
+    run = next(run for run in sweep.plan().runs if run.stage == "tune")
+    sweep.place.runs.mkdir()
+    (sweep.place.runs / f"{run.directory}.script").write_text("data")
+    assert sweep.launch() == 1 and "nothing could be chosen for tuned" in sweep.output.getvalue()
+    assert sweep.starts() == [("tuned", 100), ("fixed", 0), ("fixed", 1)]
+
+
 def test_the_rules_are_in_the_ledger_before_the_first_run(sweep):
     claim = Claim(statement="s", source="x", arm="high", against="low", rule=Rule())
     sweep.experiment = Experiment(**{**vars(sweep.experiment), "claims": [claim]})

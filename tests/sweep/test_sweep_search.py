@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,8 +17,8 @@ from trainer.sweep.display import Display
 from trainer.sweep.outcome import outcome
 from trainer.sweep.place import Place
 from trainer.sweep.reading import read
-from trainer.sweep.search import Study, check
-from trainer.sweep.search_launcher import SearchLauncher, plan_of
+from trainer.sweep.search import INVALID, Study, check
+from trainer.sweep.search_launcher import SearchLauncher, check_points, plan_of
 from trainer.sweep.slots import Slot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,10 +104,64 @@ def test_a_search_that_was_stopped_goes_on_with_the_trial_that_was_under_way(opt
     assert code == 0 and study.counts() == {"fail": 1, "complete": 3}
 
 
-def test_a_point_that_is_no_config_is_a_failed_trial_and_the_search_goes_on(optuna, launch):
-    found = search(space={"model.heads": Among([1, 3])}, trials=6)
+def test_a_point_that_is_no_config_is_a_failed_trial_that_was_not_spent(optuna, launch):
+    found = search(space={"model.heads": Among([1, 3]), "model.width": Among([8, 12])}, trials=3)
+    check_points(found, Path("search.py"))  # three heads go with a width of 12
     code, study, _, output = launch(found)
-    assert code == 0 and study.counts()["fail"] >= 1 and "is no valid config" in output
+    assert code == 0 and study.counts()["complete"] == 3
+    assert ("is no valid config" in output) == (study.counts().get("fail", 0) > 0)
+
+
+def test_points_that_are_no_config_are_not_counted_and_end_the_search_all_the_same(optuna, tmp_path):
+    study = Study(search(trials=2), tmp_path)
+    for _ in range(2 * INVALID):
+        number, _ = study.ask()
+        study.refuse(number)
+    assert study.ask() is None
+    study = Study(search(trials=3), tmp_path)
+    number, _ = study.ask()
+    study.tell(number, 1.0)
+    assert study.counts() == {"fail": 2 * INVALID, "complete": 1} and study.ask() is not None
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"model.layerz": Whole(1, 2)}, ["did you mean model.layers"]),
+        ({RATE: Uniform(-1.0, 1.0)}, ["learning_rate = -1.0"]),
+        ({"model.layers": Whole(0, 2), "model.norm.name": Among(["rmsnorm", "rmsnrom"])}, ["model.layers = 0", "rmsnrom"]),
+        ({"model.heads": Among([1, 3])}, ["model.heads = 3"]),
+    ],
+)
+def test_a_space_with_a_value_that_goes_with_nothing_is_refused_before_there_is_a_study(place, command, space, words):
+    text = (
+        f"from trainer.sweep import *\n\ndef get_search():\n    return Search(name='s', config='small.py', space={space!r})\n"
+    )
+    (place / "search.py").write_text(text)
+    code, _, err = command("search", "search.py")
+    assert code == 2 and all(word in err for word in words), err
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            dict(space={"model.layers": Among([1, 2, 3])}),
+            'another space model.layers: {"kind": "Among", "choices": [1, 2]} there',
+        ),
+        (dict(space={RATE: Uniform(0.1, 1.0)}), f"space {RATE}: null there"),
+        (dict(metric=Metric("accuracy", lower_is_better=False)), "another metric"),
+        (dict(changes={RATE: 0.5}), "another changes"),
+    ],
+)
+def test_a_study_of_another_space_or_metric_is_refused_by_name(optuna, tmp_path, changes, words):
+    first = dict(space={"model.layers": Among([1, 2])})
+    study = Study(search(**first), tmp_path)
+    study.tell(study.ask()[0], 1.0)
+    assert Study(search(**first, trials=99), tmp_path).ask() is not None
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Study(search(**{**first, **changes}), tmp_path)
 
 
 def test_every_kind_of_space_gives_a_config(place):

@@ -219,6 +219,35 @@ def test_the_source_revision_and_its_diff_are_recorded(tmp_path):
     assert differences(clean, changed) == ["source: uncommitted changes differ"]
 
 
+def test_the_content_of_python_files_that_git_does_not_track_is_recorded(tmp_path):
+    git(tmp_path, "init")
+    (tmp_path / "a.py").write_text("x = 1\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    (tmp_path / "new.py").write_text("y = 1\n")
+    (tmp_path / "notes.txt").write_text("not code")
+    first = describe_environment(tmp_path / "a.py")
+    (tmp_path / "new.py").write_text("y = 2\n")
+    now = describe_environment(tmp_path / "a.py")
+    assert set(first["source"]["contents"]) == {"new.py"} and first["source"]["untracked"] == ["new.py", "notes.txt"]
+    assert differences(first, now) == ["source: new.py, which git does not track, has changed"]
+
+
+def test_the_content_of_a_plugin_is_recorded_wherever_it_lies(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_plugin_file.py").write_text("x = 1\n")
+    (tmp_path / "my_plugin_package").mkdir()
+    (tmp_path / "my_plugin_package" / "__init__.py").write_text("")
+    names = ["my_plugin_file", "my_plugin_package", "math", "no_such_module"]
+    first = describe_environment(modules=names)
+    assert set(first["modules"]) == {"my_plugin_file", "my_plugin_package"}
+    (tmp_path / "my_plugin_file.py").write_text("x = 2\n")
+    (tmp_path / "my_plugin_package" / "part.py").write_text("")
+    found = differences(first, describe_environment(modules=names))
+    assert [line.partition(":")[0] for line in found] == ["module my_plugin_file", "module my_plugin_package"]
+    assert not differences({k: v for k, v in first.items() if k != "modules"}, first)  # of earlier versions
+
+
 def test_a_file_that_git_does_not_track_has_no_source_revision(tmp_path):
     git(tmp_path, "init")
     (tmp_path / "a.py").write_text("")

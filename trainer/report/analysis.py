@@ -12,7 +12,7 @@ from trainer.report import statistics
 from trainer.report.results import Record, Results
 from trainer.report.statistics import Summary
 from trainer.report.verdicts import Evidence, Verdict, decide
-from trainer.sweep.experiment import Claim, Metric
+from trainer.sweep.experiment import Claim, Metric, Rule
 
 
 @dataclasses.dataclass
@@ -83,11 +83,18 @@ def _arm(results: Results, name: str, control: str, metrics: list[Metric]) -> Ar
 
 
 def evidence(results: Results, claim: Claim) -> Evidence:
-    """The pairs of a claim; a pair is there where both runs of a seed finished with a number."""
+    """The pairs of a claim; a pair is there where both runs of a seed finished with a number.
+
+    A target that one arm alone did not reach gives that arm no credit: the improvement is at most 0 where it is the claim's own
+    arm (at most the loss that the rule allows), at least 0 where it is the other. Where neither reached it, the pair has no
+    number.
+    """
     metric = claim.metric or results.metric
     one, two = results.of(claim.arm), results.of(claim.against)
     a, b = results.values(claim.arm, metric), results.values(claim.against, metric)
     shared = sorted(seed for seed in a.keys() & b.keys() if a[seed] is not None and b[seed] is not None)
+    neither = [seed for seed in shared if a[seed][1] and b[seed][1]]
+    shared = [seed for seed in shared if seed not in neither]
     planned = len(results.seeds)
     unfinished = sum(record.state not in ("finished", "diverged", "failed") for record in [*one, *two])
     unfinished += planned * ((not one) + (not two))
@@ -95,13 +102,27 @@ def evidence(results: Results, claim: Claim) -> Evidence:
     return Evidence(
         claim=claim,
         seeds=tuple(shared),
-        improvements=tuple(metric.sign * (a[seed][0] - b[seed][0]) for seed in shared),
+        improvements=tuple(_improvement(claim.rule, metric.sign, a[seed], b[seed]) for seed in shared),
         planned=planned,
         unfinished=unfinished,
         failed=sum(record.state == "failed" for record in [*one, *two]) + no_number,
         diverged=tuple(sum(record.state == "diverged" for record in side) for side in (one, two)),
-        bounds=sum(a[seed][1] or b[seed][1] for seed in shared),
+        missed=(sum(a[seed][1] for seed in shared), sum(b[seed][1] for seed in shared)),
+        both_missed=len(neither),
+        others=tuple(b[seed][0] for seed in shared),
+        untuned=tuple(
+            arm.name
+            for arm in results.arms
+            if arm.name in (claim.arm, claim.against) and arm.tune is not None and not arm.tune.at(results.scale)
+        ),
     )
+
+
+def _improvement(rule: Rule, sign: int, own: tuple[float, bool], other: tuple[float, bool]) -> float:
+    difference = sign * (own[0] - other[0])
+    if own[1]:
+        return min(0.0 - rule.allowance(other[0]), difference)  # 0, not -0
+    return max(0.0, difference) if other[1] else difference
 
 
 def _warnings(results: Results) -> list[str]:
@@ -125,10 +146,18 @@ def _warnings(results: Results) -> list[str]:
     versions = Counter(version for record in results.records for version in record.versions)
     if len(versions) > 1:
         found.append(f"runs of {len(versions)} code versions are mixed: {_by_arm(results.records, versions)}")
+    for name, digests in _module_versions(results.records).items():
+        if len(digests) > 1:
+            shown = "; ".join(f"{', '.join(arms)} with {digest[:6]}" for digest, arms in digests.items())
+            found.append(f"runs of {len(digests)} versions of the module {name} are mixed: {shown}")
     machines = Counter(record.machine for record in results.records if record.machine)
     if len(machines) > 1:
         found.append(f"runs of {len(machines)} machines are mixed: " + "; ".join(f"{n} on {m}" for m, n in machines.items()))
     for choice in results.choices:
+        if lost := [point for point, mean in choice.means.items() if mean is None and choice.chosen is not None]:
+            found.append(
+                f"the tuning of {choice.arm} chose without {', '.join(lost)}: a run there failed, diverged or has no number"
+            )
         if choice.at_edge:
             found.append(
                 f"the tuning of {choice.arm} chose {choice.chosen}, at the edge of what was tried: a better one may lie outside"
@@ -174,6 +203,17 @@ def _by_arm(records: list[Record], versions: Counter[str]) -> str:
         arms = Counter(record.arm for record in records if version in record.versions)
         words.append(f"{count} of {version} ({', '.join(f'{arm} {n}' for arm, n in arms.items())})")
     return "; ".join(words)
+
+
+def _module_versions(records: list[Record]) -> dict[str, dict[str, list[str]]]:
+    """Of each module by name: the digests that runs had of it, and the arms of those."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        for name, digest in record.modules:
+            arms = found.setdefault(name, {}).setdefault(digest, [])
+            if record.arm not in arms:
+                arms.append(record.arm)
+    return found
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -236,16 +276,20 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
         "pairs_needed": found.needed,
         "failed": found.evidence.failed,
         "diverged": found.evidence.diverged,
+        "missed": found.evidence.missed,
+        "both_missed": found.evidence.both_missed,
+        "not_tuned": found.evidence.untuned,
     }
 
 
 def uncommitted(results: Results) -> dict[str, dict[str, Any]]:
-    """By code version, what was changed since its revision: a diff, and the names of new files."""
+    """By code version, what was changed since its revision: a diff, the names of new files, and digests of Python ones."""
     found = {}
     for record in results.records:
         source = record.environment.get("source") or {}
         if record.versions and (source.get("diff") or source.get("untracked")):
-            found[record.versions[0]] = {key: source.get(key) for key in ("diff", "untracked")}
+            kept = ("diff", "untracked", "contents")
+            found[record.versions[0]] = {key: source[key] for key in kept if key in source}
     return found
 
 
@@ -289,6 +333,7 @@ def _run(record: Record) -> dict[str, Any]:
         "tokens": record.tokens,
         "command": record.command,
         "versions": record.versions,
+        "modules": dict(record.modules),
         "machine": record.machine,
         "environment": kept,
         "config": record.config,

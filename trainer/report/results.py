@@ -12,6 +12,7 @@ from typing import Any
 
 from strata import ConfigError, StrataError
 from trainer.metrics.jsonl import read_metrics
+from trainer.report.promises import changed_rules
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
 from trainer.sweep.experiment import Arm, Claim, Metric
@@ -31,6 +32,7 @@ class Record:
     Attributes:
       rows: of `metrics.jsonl`; empty for a run that has none.
       versions: of the code, one a start; more than one for a run that went on under other code.
+      modules: digests of plugins and of a measurement's module, likewise, as `(name, digest)`.
       machine: in words.
     """
 
@@ -46,6 +48,7 @@ class Record:
     tokens: int
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     versions: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
     machine: str = ""
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -75,7 +78,7 @@ class Results:
     source: str = ""  # the file's path
     text: str = ""  # and content
     command: str = ""  # that runs what is missing, and makes the report
-    rules: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    rules: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def tokens(self, arm: str) -> int:
         """That a run of an arm was trained on; of a measurement, those of the runs that it looks at."""
@@ -190,12 +193,15 @@ def of_plan(plan: Plan, place: Place) -> Results:
         )
         for run in plan.runs
     ]
-    notes = [*plan.notes, *_foreign_configs(records), *_changed_rules(plan, rows)]
+    notes = [*plan.notes, *_foreign_configs(records), *changed_rules(plan, rows)]
     here = {arm.name for arm in plan.arms}
     untested = [claim.statement for claim in plan.claims if not {claim.arm, claim.against} <= here]
     if plan.changes:
         changed = ", ".join(f"{path} = {text}" for path, text in plan.changes)
         notes.append(f"every run was changed on the command line: {changed}")
+    if plan.source.axes:
+        given = ", ".join(f"--sweep.{path}={text}" for path, text in plan.source.axes)
+        notes.append(f"seeds or axes were given on the command line, not by the file: {given}")
     notes += _shared_machine(plan, rows)
     notes += [f"not tested here, since an arm of it is not run: {statement}" for statement in untested]
     flags = [f"--sweep.{path}={text}" for path, text in plan.source.axes]
@@ -240,19 +246,22 @@ def _record(directory: Path, found: Outcome, **fields: Any) -> Record:
     if starts:
         record.environment = starts[0]
         record.versions = tuple(dict.fromkeys(code_version(start) for start in starts))
+        record.modules = tuple(dict.fromkeys(pair for start in starts for pair in start.get("modules", {}).items()))
         record.machine = "; then ".join(dict.fromkeys(machine(start) for start in starts))
     return record
 
 
 def code_version(environment: Mapping[str, Any]) -> str:
-    """The source that a run was started with: revision, and a digest of what was changed in it."""
+    """The source that a run was started with: revision, and a digest of what was changed in it, files that git does not track
+    included.
+    """
     source = environment.get("source")
     if not source:
         return f"not in git, strata {environment.get('packages', {}).get('strata-lm', 'of unknown version')}"
     revision = (source.get("revision") or "no revision")[:10]
     if not source.get("diff") and not source.get("untracked"):
         return revision
-    changed = json.dumps([source.get("diff"), source.get("untracked")])
+    changed = json.dumps([source.get("diff"), source.get("untracked"), *([own] if (own := source.get("contents")) else [])])
     return f"{revision} with changes {hashlib.sha256(changed.encode()).hexdigest()[:6]}"
 
 
@@ -301,20 +310,6 @@ def _shared_machine(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if timed and several:
         return ["runs shared the machine with others (more than one slot): their seconds are not those of a run alone"]
     return []
-
-
-def _changed_rules(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A rule that was changed after runs had been made is said."""
-    plans = [row for row in rows if row["event"] == "plan"]
-    if not plans or not any(row["event"] == "end" for row in rows):
-        return []
-    first, now = plans[0]["rules"], rules_of(plan)
-    if first == now:
-        return []
-    before, after = {json.dumps(rule, sort_keys=True) for rule in first}, {json.dumps(rule, sort_keys=True) for rule in now}
-    words = [f"now: {rule['statement']}: {rule['rule']}" for rule in now if json.dumps(rule, sort_keys=True) not in before]
-    words += [f"then: {rule['statement']}: {rule['rule']}" for rule in first if json.dumps(rule, sort_keys=True) not in after]
-    return [f"the claims or rules were changed after the sweep was first started ({'; '.join(words)})"]
 
 
 # ---- runs without a plan

@@ -115,6 +115,7 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
     if n > 1:
         power = f"{claim.rule.power:g}"
         worth = f"; worth seeing: {number(verdict.effect, 4)}" if verdict.effect is not None else ""
+        worth += f"; the paper's: {paper}" if claim.paper_effect and 0 < claim.paper_effect < (verdict.effect or 0) else ""
         needed = f"; {verdict.needed} pairs would find that" if verdict.needed else ""
         facts.append(("smallest effect", f"{number(verdict.smallest, 4)} with power {power}{worth}{needed}"))
     missing = [f"{evidence.failed} failed"] if evidence.failed else []
@@ -122,6 +123,13 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
     missing += [f"{evidence.unfinished} still to end"] if evidence.unfinished else []
     if missing:
         facts.append(("runs missing", ", ".join(missing)))
+    names = (claim.arm, claim.against)
+    short = [f"{name} in {count} pairs" for name, count in zip(names, evidence.missed, strict=True) if count]
+    short += [f"both in {evidence.both_missed} pairs, which have no number"] if evidence.both_missed else []
+    if short:
+        facts.append(("target not reached", f"{'; '.join(short)}; whoever misses it gets no credit"))
+    if evidence.untuned:
+        facts.append(("tuning", f"not tuned at this scale: {', '.join(evidence.untuned)}"))
     if versions := mixed_versions(verdict, report):
         facts.append(("code", versions))
     facts.append(
@@ -137,9 +145,16 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
 
 def mixed_versions(verdict: Verdict, report: Report) -> str:
     """A sentence where the pairs of a claim were made by different code; empty otherwise."""
-    one = {r.seed: r.versions for r in report.results.of(verdict.evidence.claim.arm)}
-    two = {r.seed: r.versions for r in report.results.of(verdict.evidence.claim.against)}
-    mixed = [seed for seed in verdict.evidence.seeds if set(one[seed]) != set(two[seed])]
+    one, two = (
+        {record.seed: record for record in report.results.of(name)}
+        for name in (verdict.evidence.claim.arm, verdict.evidence.claim.against)
+    )
+
+    def differ(seed: int) -> bool:
+        own, other = dict(one[seed].modules), dict(two[seed].modules)
+        return set(one[seed].versions) != set(two[seed].versions) or any(own[n] != other[n] for n in own.keys() & other.keys())
+
+    mixed = [seed for seed in verdict.evidence.seeds if differ(seed)]
     if mixed:
         return f"the two runs of {len(mixed)} of {len(verdict.evidence.seeds)} pairs were made by different code versions"
     return ""
@@ -153,7 +168,7 @@ def verdicts(report: Report) -> Table:
         rows.append(
             [
                 claim.statement,
-                verdict.word,
+                verdict.word + (" (not tuned at this scale)" if verdict.evidence.untuned else ""),
                 f"{len(verdict.evidence.improvements)}/{verdict.evidence.planned}",
                 f"{number(found.mean, 4)} {interval(found.low, found.high)}" if found.n > 1 else number(found.mean, 4),
                 number(verdict.adjusted, 2),
@@ -204,6 +219,8 @@ def machines(report: Report) -> Table:
         if record.machine:
             places[record.machine] = places.get(record.machine, 0) + 1
     rows = [["code", name, str(count)] for name, count in versions.items()]
+    modules = Counter(f"{name}, digest {digest[:6]}" for record in report.results.records for name, digest in record.modules)
+    rows += [["module", name, str(count)] for name, count in modules.items()]
     rows += [["machine", name, str(count)] for name, count in places.items()]
     packages = next((r.environment.get("packages", {}) for r in report.results.records if r.environment), {})
     for version, changed in uncommitted(report.results).items():

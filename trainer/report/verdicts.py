@@ -1,12 +1,14 @@
 """From paired differences and a decision rule to a verdict, and the sentence that says why.
 
-`reproduced`            the test, Holm-adjusted over the experiment's claims, finds an improvement beyond the margin
+`reproduced`            the test, Holm-adjusted over the experiment's claims, finds an improvement beyond the margin; or, for a
+                        claim of costing at most so much, no greater loss than that
 `contradicted`          it finds the opposite
 `underpowered`          neither, and this n would have missed the effect worth seeing more often than the rule allows
 `same direction, interval includes zero`    neither, though the effect worth seeing would have been found
 `not reproduced`        neither, and the mean is not in the claim's direction; or a real difference within the margin; or
-                        the arm diverged more often than the other
-`no verdict`            one pair, fewer pairs than the rule asks for, or a sweep that is not finished: the rule fixed n before
+                        the arm diverged more often than the other, or never reached its target
+`no verdict`            one pair, fewer pairs than the rule asks for, pairs that the seed does not change, or a sweep that is
+                        not finished: the rule fixed n before
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ UNDERPOWERED = "underpowered"
 NO_VERDICT = "no verdict"
 VERDICTS = (REPRODUCED, SAME_DIRECTION, NOT_REPRODUCED, CONTRADICTED, UNDERPOWERED, NO_VERDICT)
 
+ROUNDING = 2.0**-20
+"""Of the numbers that are compared, 8 units in the last place of float32: a spread up to this is rounding."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -40,7 +45,11 @@ class Evidence:
       unfinished: runs of the two arms that are still to end.
       failed: runs of the two arms that crashed; their pairs are missing.
       diverged: runs of the claim's arm, and of the other one, that diverged; their pairs are missing.
-      bounds: pairs in which a target was not reached and the last step stands for it.
+      missed: pairs in which the claim's arm alone did not reach a target, and in which the other one alone did not: the
+        improvement is at most, or at least, 0.
+      both_missed: pairs that are missing since neither did.
+      others: the other arm's numbers, by pair; the improvements are differences to them.
+      untuned: arms that the file tunes, but not at this scale.
     """
 
     claim: Claim
@@ -50,7 +59,28 @@ class Evidence:
     unfinished: int = 0
     failed: int = 0
     diverged: tuple[int, int] = (0, 0)
-    bounds: int = 0
+    missed: tuple[int, int] = (0, 0)
+    both_missed: int = 0
+    others: tuple[float, ...] = ()
+    untuned: tuple[str, ...] = ()
+
+    @property
+    def allowances(self) -> tuple[float, ...]:
+        """By pair, the loss that the claim allows; 0 for a claim of being better."""
+        others = self.others or (0.0,) * len(self.improvements)
+        return tuple(self.claim.rule.allowance(other) for other in others)
+
+    @property
+    def tested(self) -> tuple[float, ...]:
+        """What the test compares with 0 or the margin: improvements plus what the claim allows."""
+        return tuple(d + allowed for d, allowed in zip(self.improvements, self.allowances, strict=True))
+
+    @property
+    def alike(self) -> bool:
+        """Whether the improvements of several seeds are one number, up to rounding."""
+        d = self.improvements
+        largest = max(map(abs, (*d, *self.others)), default=0.0)
+        return len(d) > 1 and max(d) - min(d) <= ROUNDING * largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,32 +129,41 @@ def decide(evidences: Sequence[Evidence]) -> list[Verdict]:
 
 
 def _enough(evidence: Evidence) -> bool:
-    return len(evidence.improvements) >= max(2, evidence.claim.rule.least_pairs) and not evidence.unfinished
+    enough = len(evidence.improvements) >= max(2, evidence.claim.rule.least_pairs)
+    return enough and not evidence.unfinished and not evidence.alike
 
 
 def _test(evidence: Evidence) -> Test:
     test = statistics.paired_t if evidence.claim.rule.test == "paired_t" else statistics.sign_flip
-    return test(evidence.improvements, evidence.claim.rule.margin)
+    return test(evidence.tested, evidence.claim.rule.margin)
 
 
 def _decide(evidence: Evidence, rule: Rule, test: Test | None, adjusted: float, level: float) -> Verdict:
-    d = evidence.improvements
-    summary = statistics.summarise(d)
-    effect = rule.effect if rule.effect is not None else evidence.claim.paper_effect
-    effect = effect if effect is not None and effect > 0 else None
-    n = len(d)
-    smallest = rule.margin + statistics.smallest_effect(n, summary.sd, level, rule.power) if n > 1 else math.inf
+    d, tested = evidence.improvements, evidence.tested
+    n, summary, paper = len(d), statistics.summarise(d), evidence.claim.paper_effect
+    sd = statistics.summarise(tested).sd
+    allowed = math.fsum(evidence.allowances) / n if n else 0.0
+    bar = rule.margin if rule.at_most_worse is None else -allowed  # an improvement must lie beyond it
+    if rule.at_most_worse is None:
+        effects = [value for value in (rule.effect, paper) if value is not None and value > 0]
+        effect, must = next(iter(effects), None), min(effects, default=None)
+    else:
+        effect = must = min(0.0, paper or 0.0)
+    smallest = bar + statistics.smallest_effect(n, sd, level, rule.power) if n > 1 else math.inf
     if test is not None and test.least > level:
         smallest = math.inf  # no data whatever could make this test reject
     needed = None
-    if effect is not None and effect > rule.margin and n > 1 and summary.sd > 0:
-        needed = statistics.pairs_needed(effect - rule.margin, summary.sd, level, rule.power)
+    if must is not None and must > bar and n > 1 and sd > 0:
+        needed = statistics.pairs_needed(must - bar, sd, level, rule.power)
     if rule.test == "sign_flip":
-        family = statistics.sign_flip_interval(d, 1 - level) if n > 1 else (math.nan, math.nan)
+        family = statistics.sign_flip_interval(tested, 1 - level) if n > 1 else (math.nan, math.nan)
     else:
-        wide = statistics.summarise(d, 1 - level)
+        wide = statistics.summarise(tested, 1 - level)
         family = (wide.low, wide.high)
-    word, why = _word(evidence, rule, summary, test, adjusted, effect, smallest, family)
+    family = (family[0] - allowed, family[1] - allowed)
+    word, why = _word(evidence, rule, summary, test, adjusted, (effect, must), smallest, family)
+    if evidence.untuned:
+        why += f"; not tuned at this scale: {', '.join(evidence.untuned)}"
     return Verdict(
         evidence=evidence,
         word=word,
@@ -138,7 +177,7 @@ def _decide(evidence: Evidence, rule: Rule, test: Test | None, adjusted: float, 
         smallest=smallest,
         needed=needed,
         standardised=statistics.standardised(d),
-        sign_flip=statistics.sign_flip(d, rule.margin) if n > 1 else None,
+        sign_flip=statistics.sign_flip(tested, rule.margin) if n > 1 else None,
     )
 
 
@@ -148,11 +187,50 @@ def _word(
     summary: Summary,
     test: Test | None,
     adjusted: float,
-    effect: float | None,
+    effects: tuple[float | None, float | None],
     smallest: float,
     family: tuple[float, float],
 ) -> tuple[str, str]:
     n, (own, other) = summary.n, evidence.diverged
+    if test is None:
+        return _undecided(evidence, rule, n)
+    significant = adjusted <= rule.alpha
+    shown = f"p = {test.two_sided:.2g}, Holm-adjusted {adjusted:.2g}"
+    if significant and test.less < test.greater:
+        return CONTRADICTED, f"{f'worse by more than {rule.allowed}' if rule.allowed else 'the opposite holds'}: {shown}"
+    if own > other:
+        return NOT_REPRODUCED, f"{own} runs of {evidence.claim.arm!r} diverged, {other} of {evidence.claim.against!r}"
+    effect, must = effects
+    if significant:
+        note = f"; {_missing(evidence)}" if _missing(evidence) else ""
+        if rule.allowed:
+            return REPRODUCED, f"at most {rule.allowed} worse: {shown}{note}"
+        if effect is not None and summary.high < effect:
+            note += f"; yet smaller than the effect worth seeing, {effect:.3g}: the whole interval lies below it"
+        return REPRODUCED, f"{shown}{note}"
+    if summary.low > 0 and family[0] > 0 and max(summary.high, family[1]) <= rule.margin:
+        return NOT_REPRODUCED, f"the difference is real but within the margin of {rule.margin:g}: {shown}"
+    if must is not None and smallest > must:
+        found = "no effect at all" if math.isinf(smallest) else f"with power {rule.power:g} only {smallest:.3g} or more"
+        worth = f"the effect worth seeing is {effect:.3g}" + (f", the paper's own {must:.3g}" if must != effect else "")
+        if rule.allowed:
+            worth = "no difference" if must == 0 else f"the paper's own {must:.3g}"
+            worth = f"what had to be told from {rule.allowed} worse is {worth}"
+        return UNDERPOWERED, f"{shown}; {n} pairs would have found {found}, and {worth}"
+    seen = f"; {n} pairs find {smallest:.3g} with power {rule.power:g}" if math.isfinite(smallest) else ""
+    if rule.margin and family[0] > 0:
+        seen += f"; the interval lies above 0 and includes the margin of {rule.margin:g}"
+    if rule.allowed:
+        seen += f"; the interval includes a loss of {rule.allowed}"
+    if math.fsum(evidence.tested) > 0:
+        return SAME_DIRECTION, f"{shown}{seen}"
+    mean = "a greater loss than that" if rule.allowed else "not in the claim's direction"
+    return NOT_REPRODUCED, f"the mean is {mean}: {shown}{seen}"
+
+
+def _undecided(evidence: Evidence, rule: Rule, n: int) -> tuple[str, str]:
+    """Where there is no test."""
+    claim, missing = evidence.claim, _missing(evidence)
     if evidence.unfinished:
         return NO_VERDICT, (
             f"not finished: {evidence.unfinished} runs are still to end, and {n} of {evidence.planned} pairs are there; "
@@ -160,33 +238,23 @@ def _word(
         )
     if n == 1:
         return NO_VERDICT, "n = 1: one pair says nothing about noise"
-    if test is None:
-        missing = _missing(evidence)
+    if n < max(2, rule.least_pairs):
         return NO_VERDICT, f"{n} pairs, and the rule asks for at least {rule.least_pairs}{f' ({missing})' if missing else ''}"
-    significant = adjusted <= rule.alpha
-    shown = f"p = {test.two_sided:.2g}, Holm-adjusted {adjusted:.2g}"
-    if significant and test.less < test.greater:
-        return CONTRADICTED, f"the opposite holds: {shown}"
-    if own > other:
-        return NOT_REPRODUCED, f"{own} runs of {evidence.claim.arm!r} diverged, {other} of {evidence.claim.against!r}"
-    if significant:
-        note = f"; {_missing(evidence)}" if _missing(evidence) else ""
-        if effect is not None and summary.high < effect:
-            note += f"; yet smaller than the effect worth seeing, {effect:.3g}: the whole interval lies below it"
-        return REPRODUCED, f"{shown}{note}"
-    if summary.low > 0 and family[0] > 0:
-        return NOT_REPRODUCED, f"the difference is real but within the margin of {rule.margin:g}: {shown}"
-    if effect is not None and smallest > effect:
-        found = "no effect at all" if math.isinf(smallest) else f"with power {rule.power:g} only {smallest:.3g} or more"
-        return UNDERPOWERED, f"{shown}; {n} pairs would have found {found}, and the effect worth seeing is {effect:.3g}"
-    seen = f"; {n} pairs find {smallest:.3g} with power {rule.power:g}" if math.isfinite(smallest) else ""
-    if summary.mean > 0:
-        return SAME_DIRECTION, f"{shown}{seen}"
-    return NOT_REPRODUCED, f"the mean is not in the claim's direction: {shown}{seen}"
+    if evidence.missed[0] == n:
+        return NOT_REPRODUCED, f"{claim.arm!r} reached the target in none of {n} pairs, {claim.against!r} in all"
+    return (
+        NO_VERDICT,
+        f"the seed changes nothing: {n} equal differences are one run, not {n}{f' ({missing})' if missing else ''}",
+    )
 
 
 def _missing(evidence: Evidence) -> str:
     words = [f"{evidence.failed} runs failed"] if evidence.failed else []
     words += [f"{evidence.diverged[0]} and {evidence.diverged[1]} runs diverged"] if any(evidence.diverged) else []
-    words += [f"in {evidence.bounds} pairs a target was not reached"] if evidence.bounds else []
+    own, other = evidence.missed
+    words += [f"in {own} pairs {evidence.claim.arm!r} did not reach the target"] if own else []
+    words += [f"in {other} pairs {evidence.claim.against!r} did not reach the target"] if other else []
+    words += (
+        [f"{evidence.both_missed} pairs have no number, since neither arm reached the target"] if evidence.both_missed else []
+    )
     return ", ".join(words)

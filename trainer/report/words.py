@@ -14,14 +14,17 @@ METHOD = (
     "Several claims of one experiment are decided together: p values are Holm-adjusted, so that the chance of any false "
     "`reproduced` or `contradicted` stays below the family-wise alpha.",
     "`reproduced`: an adjusted p of at most alpha, in the claim's direction and beyond the margin. `contradicted`: the same in "
-    "the other direction. `underpowered`: neither, and this number of pairs would have missed the effect worth seeing too "
+    "the other direction. A claim of costing at most so much asks for a loss below that, and is contradicted by one above it. "
+    "`underpowered`: neither, and this number of pairs would have missed the effect worth seeing too "
     "often. `same direction, interval includes zero` and `not reproduced`: neither, by the sign of the mean.",
     "The smallest effect is the true improvement that this number of pairs finds with the stated power, given the spread that "
     "was seen; with few pairs the spread is itself uncertain.",
-    "No verdict is given for one pair, or before every planned run has ended: the number of pairs was fixed beforehand, and "
-    "looking early would raise the error rate.",
+    "No verdict is given for one pair, for pairs that differ by rounding alone (then the seed changes nothing), or before "
+    "every planned run has ended: the number of pairs was fixed beforehand, and looking early would raise the error rate.",
     "A run that crashed is in no mean, and its pair is missing. A run that diverged is an outcome: it is in no mean either, "
     "but an arm that diverges more often than the other cannot be `reproduced`.",
+    "Of a target (steps or seconds to a value) that one arm of a pair misses, that arm gets no credit: the improvement counts "
+    "as 0 at best. A pair in which both miss it has no number.",
     "Arms that are tuned take the best point on seeds of their own, which the comparison does not use.",
 )
 

@@ -7,9 +7,11 @@ import difflib
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from strata import ConfigError, StrataError
 from trainer.run_directory import RunDirectory
+from trainer.sweep.assembly import check_assembly, without_devices
 from trainer.sweep.cost import describe_cost
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, arms_at, make_plan
@@ -127,12 +129,13 @@ def main(argv: Sequence[str]) -> int:
         return dry_run(plan, place, slots)
     for line in describe_cost(plan, place, slots):
         print(line, flush=True)
-    with RunDirectory(place.path):
-        if arguments.values.get("launcher", "local") == "slurm":
-            from trainer.sweep.slurm import launch
+    if arguments.values.get("launcher", "local") == "slurm":
+        from trainer.sweep.slurm import launch
 
+        check_assembly(plan, place, without_devices(plan))
+        with RunDirectory(place.path):
             return launch(place, plan, slots, dict(arguments.pairs["slurm."]), again, "wait" in arguments.flags)
-        return launch_local(arguments, place, plan, slots, again)
+    return launch_local(arguments, place, plan, slots, again)
 
 
 def plan_of(arguments: Arguments, source: Source, scale: str, place: Place) -> Plan:
@@ -171,15 +174,17 @@ def launch_local(arguments: Arguments, place: Place, plan: Plan, count: int, aga
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     retries = _whole(arguments, "retries", least=0)
+    timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
+    check_assembly(plan, place, slots[0].variables())
     launcher = LocalLauncher(
         place,
         slots,
         Display(place),
         retries=2 if retries is None else retries,
-        timeout=_minutes(arguments, "timeout"),
-        stop_after=_minutes(arguments, "stop_after"),
+        **timing,
     )
-    code = launcher.run(plan, again)
+    with RunDirectory(place.path):
+        code = launcher.run(plan, again)
     print(status_lines(place, again())[-1])
     print(f"report: python -m trainer.report {place.path}")
     return code
@@ -189,7 +194,7 @@ def search(arguments: Arguments) -> int:
     """Let Optuna propose, run, and say the best."""
     from trainer.sweep.display import Display
     from trainer.sweep.search import Study, check
-    from trainer.sweep.search_launcher import SCALE, SearchLauncher
+    from trainer.sweep.search_launcher import SCALE, SearchLauncher, check_points
     from trainer.sweep.slots import make_slots
 
     if extra := [name for prefix in PREFIXES for name, _ in arguments.pairs[prefix]] + sorted(arguments.flags):
@@ -203,6 +208,7 @@ def search(arguments: Arguments) -> int:
         print(f"note: {note}", file=sys.stderr)
     retries = _whole(arguments, "retries", least=0)
     timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
+    check_points(found, Path(arguments.file))
     with RunDirectory(place.path):
         study = Study(found, place.path)
         launcher = SearchLauncher(place, slots, Display(place), retries=2 if retries is None else retries, **timing)

@@ -37,23 +37,26 @@ def describe_cost(plan: Plan, place: Place, slots: int) -> list[str]:
     updates = sum(run.steps - min(found.step, run.steps) for run, found in todo)
     tokens = sum(run.tokens * (1 - min(found.step, run.steps) / run.steps) for run, found in todo if run.steps)
     lines.append(f"to run: {len(todo)} runs, {updates:,} updates, {tokens:,.0f} tokens")
-    lines.append(_time(plan, place, [run for run, _ in todo], slots))
+    left = [(run, 1 - min(found.step, run.steps) / run.steps if run.steps else 1.0) for run, found in todo]
+    lines.append(_time(plan, place, left, slots))
     return lines
 
 
-def _time(plan: Plan, place: Place, todo: Iterable[Run], slots: int) -> str:
-    """Wall-clock time from measured steps of runs with the same config, else from what the file expects."""
+def _time(plan: Plan, place: Place, todo: Iterable[tuple[Run, float]], slots: int) -> str:
+    """Wall-clock time from measured steps of runs with the same config, else from what the file expects; `todo` holds each run
+    with the share of it that is left.
+    """
     known: dict[str, float | None] = {}
     expected = {arm.name: arm.minutes.get(plan.scale_name, plan.scale.minutes) for arm in plan.arms}
     total, unknown, measured, stated = 0.0, 0, 0, 0
-    for run in todo:
+    for run, share in todo:
         if run.group not in known:
             known[run.group] = step_seconds(place.runs, run)
         each = known[run.group]
         if each is not None and run.steps:
-            total, measured = total + each * run.steps, measured + 1
+            total, measured = total + share * each * run.steps, measured + 1
         elif (minutes_each := expected[run.arm]) is not None:
-            total, stated = total + 60 * minutes_each, stated + 1
+            total, stated = total + share * 60 * minutes_each, stated + 1
         else:
             unknown += 1
     waiting = [expected[choice.arm] for choice in plan.choices if choice.chosen is None]

@@ -70,7 +70,8 @@ class Rule:
     """How a claim is decided; read from the file, so it stands before the runs do.
 
     `test` compares improvements paired by seed. The claim holds when the test, two-sided, at level `alpha` and Holm-adjusted
-    over the claims of the experiment, finds an improvement greater than `margin`.
+    over the claims of the experiment, finds an improvement greater than `margin`; or, with `at_most_worse`, one greater than
+    minus that: the claim is then that `arm` costs at most so much (a non-inferiority test), and no difference is enough.
 
     Args:
       alpha: family-wise error rate.
@@ -78,7 +79,10 @@ class Rule:
       test: `paired_t`, exact for normal differences; or `sign_flip`, exact for symmetric ones, which cannot reject at
         0.05 with fewer than six pairs.
       effect: the improvement worth seeing, in units of the metric; where the test could not have seen it, the verdict is
-        `underpowered`. None: the paper's effect.
+        `underpowered`. None: the paper's effect; where that is known and smaller, it is the one that must have been seen.
+      at_most_worse: the loss that the claim allows, in units of the metric; takes the place of `margin` and `effect`, since
+        what must have been seen is no difference, or the paper's own loss.
+      relative: `at_most_worse` is a share of the other arm's number at the same seed, 0.04 for 4 %.
       power: with which it should have been seen.
       least_pairs: fewer than this give no verdict.
     """
@@ -89,18 +93,32 @@ class Rule:
     effect: float | None = None
     power: float = 0.8
     least_pairs: int = 3
+    at_most_worse: float | None = None
+    relative: bool = False
 
     def __str__(self) -> str:
         names = {"paired_t": "paired t-test", "sign_flip": "exact sign-flip test"}
         words = [f"{names.get(self.test, self.test)} by seed, two-sided, family-wise alpha {self.alpha:g} (Holm)"]
         words += [f"an improvement of more than {self.margin:g}"] if self.margin else []
         words += [f"effect worth seeing {self.effect:g} at power {self.power:g}"] if self.effect is not None else []
+        words += [f"at most {self.allowed} worse, which no difference shows at power {self.power:g}"] if self.allowed else []
         return "; ".join([*words, f"at least {self.least_pairs} pairs"])
+
+    def allowance(self, other: float) -> float:
+        """The loss that is allowed beside a number of the other arm; 0 without `at_most_worse`."""
+        return (self.at_most_worse or 0.0) * (abs(other) if self.relative else 1.0)
+
+    @property
+    def allowed(self) -> str:
+        """`at_most_worse` in words; empty without it."""
+        if self.at_most_worse is None:
+            return ""
+        return f"{100 * self.at_most_worse:g} % of the other arm" if self.relative else f"{self.at_most_worse:g}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One statement under test: `arm` is better than `against`.
+    """One statement under test: `arm` is better than `against`, or at most so much worse (`Rule.at_most_worse`).
 
     Args:
       statement: in words, as the paper says it.
@@ -305,7 +323,7 @@ def _problems(experiment: Experiment) -> Iterator[Problem]:
         if claim.rule is None:
             yield problem(where, "has no decision rule; it must be there before the runs: rule=Rule(...)")
         else:
-            for message in _rule_problems(claim.rule):
+            for message in [*_rule_problems(claim.rule), *_allowance_problems(claim, claim.metric or experiment.metric)]:
                 yield problem(where, message)
         if not claim.source:
             yield problem(where, "has no source")
@@ -362,3 +380,19 @@ def _rule_problems(rule: Rule) -> Iterator[str]:
         yield f"effect {rule.effect} is not above 0"
     if rule.least_pairs < 2:
         yield f"least_pairs {rule.least_pairs}: one run an arm says nothing about noise, so at least 2"
+
+
+def _allowance_problems(claim: Claim, metric: Metric) -> Iterator[str]:
+    rule, allowed = claim.rule, claim.rule.at_most_worse
+    if allowed is None:
+        if rule.relative:
+            yield "relative says how at_most_worse is meant, and there is none"
+        return
+    if not 0 < allowed < math.inf:
+        yield f"at_most_worse {allowed} is not a number above 0"
+    if rule.margin or rule.effect is not None:
+        yield "at_most_worse takes the place of margin and effect: give it alone"
+    if rule.relative and metric.kind == "value" and metric.log_base is not None:
+        yield "relative at_most_worse of a logarithm: a share of it says nothing"
+    if not rule.relative and claim.paper_effect is not None and claim.paper_effect <= -allowed:
+        yield f"the paper's own effect, {claim.paper_effect:g}, is no less of a loss than at_most_worse {allowed:g}"

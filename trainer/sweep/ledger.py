@@ -93,6 +93,11 @@ def last_ends(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     return {row["run"]: row for row in rows if row["event"] == "end"}
 
 
+def given_up(end: Mapping[str, Any] | None) -> bool:
+    """Whether the last end of a run says that it failed and was not to be tried again."""
+    return end is not None and end.get("outcome") == "failed" and not end.get("again")
+
+
 def unfinished(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Starts without an end, by run: running now, or gone without a word."""
     open_starts: dict[str, Mapping[str, Any]] = {}

@@ -98,6 +98,7 @@ class LocalLauncher:
         self.attempts: dict[str, int] = {}  # without getting further
         self.compiled: set[str] = set()  # groups of which a run has made its first step
         self.ready: set[str] = set()  # finished runs that others start from
+        self.failed: set[str] = set()  # for good; what tuning adds later does not try them again
         self.interrupted = 0  # runs that were stopped because the launcher was
         self.stop = Stop()
 
@@ -110,17 +111,21 @@ class LocalLauncher:
         with self.stop, self.display, self._no_orphans():
             while True:
                 self.place.write_plan(plan)
-                failed, left = self._run_all(plan)
+                left = self._run_all(plan)
                 if left:
                     self.display.say(f"stopped by {self.stop.received or '--stop_after'}; the same command goes on")
                     return 75
-                if failed or not plan.later:
-                    return 1 if failed else 0
+                if not plan.choices:
+                    return 1 if self.failed else 0
                 before, plan = plan, again()
-                if plan.later == before.later:
-                    names = ", ".join(choice.arm for choice in plan.choices if choice.chosen is None)
-                    self.display.say(f"nothing could be chosen for {names}: no point of the tuning has a number on every seed")
-                    return 1
+                if (plan.runs, plan.later) == (before.runs, before.later):
+                    return self._chosen(plan)
+
+    def _chosen(self, plan: Plan) -> int:
+        """Nothing more can be chosen; the exit code."""
+        if names := ", ".join(choice.arm for choice in plan.choices if choice.chosen is None):
+            self.display.say(f"nothing could be chosen for {names}: no point of the tuning has a number on every seed")
+        return 1 if self.failed or names else 0
 
     @contextlib.contextmanager
     def _no_orphans(self) -> Iterator[None]:
@@ -134,11 +139,11 @@ class LocalLauncher:
 
     # ---- one plan
 
-    def _run_all(self, plan: Plan) -> tuple[int, int]:
-        """How many runs failed, and how many were left because it was stopped."""
+    def _run_all(self, plan: Plan) -> int:
+        """How many runs were left because it was stopped; `failed` has those that failed."""
         self.display.begin(plan)
         waiting = self._look(plan)
-        failed: set[str] = set()
+        failed = self.failed
         while waiting or self.active or self.foreign:
             stopping = self.stop.received is not None or self._out_of_time()
             for done in [entry for entry in self.active if entry.process.poll() is not None]:
@@ -154,7 +159,7 @@ class LocalLauncher:
                         waiting.insert(0, run)
             if stopping:
                 if not self.active:
-                    return len(failed), len(waiting) + len(self.foreign) + self.interrupted
+                    return len(waiting) + len(self.foreign) + self.interrupted
                 self._stop_all()
             else:
                 self._check_time()
@@ -162,7 +167,7 @@ class LocalLauncher:
                 self._fill(waiting)
             self.display.update([(entry.run, entry.slot.index) for entry in self.active], len(waiting), len(self.foreign))
             time.sleep(POLL)
-        return len(failed), self.interrupted
+        return self.interrupted
 
     def _drop_orphans(self, plan: Plan, waiting: list[Run], failed: set[str]) -> None:
         """Note which runs others may start from by now, and end those whose own will not be there."""
@@ -184,7 +189,7 @@ class LocalLauncher:
         rows = self.place.ledger.rows()
         known, lost = last_ends(rows), unfinished(rows)
         waiting = []
-        for run in plan.distinct:
+        for run in [run for run in plan.distinct if run.directory not in self.failed]:
             found = outcome(self.place.directory(run), run.steps)
             start = lost.get(run.directory)
             if found.state == "running" or (not found.ended and start is not None and _alive(start, run)):

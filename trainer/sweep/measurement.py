@@ -82,7 +82,7 @@ def measure(spec: Mapping[str, Any], workdir: str | Path) -> None:
 
         function = getattr(importlib.import_module(module), name)
         directory.write_config(text, {"config": spec["measurement"], "name": name, "overrides": []})
-        directory.write_environment(describe_environment())
+        directory.write_environment(describe_environment(modules=[module]))
         directory.write_status("running", 0)
         with MetricsWriter(directory.metrics) as writer:
             writer.truncate(0)

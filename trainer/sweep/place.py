@@ -22,10 +22,11 @@ from strata import ConfigError
 from trainer.atomic_files import write_bytes_atomic, write_json_atomic
 from trainer.metrics.jsonl import read_metrics
 from trainer.sweep import outcome as outcomes
-from trainer.sweep.ledger import Ledger, last_ends
+from trainer.sweep.ledger import Ledger, given_up, last_ends
 from trainer.sweep.outcome import Outcome, outcome
-from trainer.sweep.plan import Choice, Plan, Run, Score, make_plan
+from trainer.sweep.plan import Choice, Plan, Run, Score, arms_at, make_plan
 from trainer.sweep.reading import read
+from trainer.sweep.space import read_seeds
 
 
 class Place:
@@ -109,12 +110,14 @@ class Place:
         return found
 
     def score(self, metric: outcomes.Metric) -> Score:
-        """For `trainer.sweep.plan.make_plan`: reads tuning runs."""
+        """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number."""
+
+        ends = last_ends(self.ledger.rows())
 
         def score(run: Run) -> tuple[bool, float | None]:
             found = outcome(self.directory(run), run.steps)
             if found.state != "finished":
-                return found.ended, None
+                return found.ended or (found.state != "running" and given_up(ends.get(run.directory))), None
             return True, outcomes.value(read_metrics(self.directory(run) / "metrics.jsonl"), metric)
 
         return score
@@ -164,16 +167,31 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def rules_of(plan: Plan) -> list[dict[str, str]]:
-    """Every claim with its decision rule, as JSON."""
-    return [
-        {
-            "statement": claim.statement,
-            "arm": claim.arm,
-            "against": claim.against,
-            "metric": (claim.metric or plan.experiment.metric).label,
-            "rule": str(claim.rule),
-            "paper_effect": "unknown" if claim.paper_effect is None else f"{claim.paper_effect:g}",
-        }
-        for claim in plan.claims
-    ]
+def rules_of(plan: Plan) -> list[dict[str, Any]]:
+    """Every claim with its decision rule, its seeds and the tuning of its arms, as JSON: what must not change after the runs.
+
+    `claim` has every field of the claim and of its rule, `metrics` those of its metric and of the experiment's, which tuning
+    goes by; `seeds` and `tuning` are of the two arms.
+    """
+    arms = {arm.name: arm for arm in arms_at(plan.experiment, plan.scale_name)}
+    found = []
+    for claim in plan.claims:
+        own = [arms[name] for name in (claim.arm, claim.against) if name in arms]
+        metrics = {"own": dataclasses.asdict(claim.metric or plan.experiment.metric)}
+        tuned = [arm for arm in own if arm.tune is not None and arm.tune.at(plan.scale_name)]
+        tuning = {arm.name: {"points": list(arm.tune.space), "seeds": read_seeds(arm.tune.seeds)} for arm in tuned}
+        found.append(
+            {
+                "statement": claim.statement,
+                "arm": claim.arm,
+                "against": claim.against,
+                "metric": (claim.metric or plan.experiment.metric).label,
+                "rule": str(claim.rule),
+                "paper_effect": "unknown" if claim.paper_effect is None else f"{claim.paper_effect:g}",
+                "claim": {name: value for name, value in dataclasses.asdict(claim).items() if name != "metric"},
+                "metrics": metrics | ({"tuning": dataclasses.asdict(plan.experiment.metric)} if tuned else {}),
+                "seeds": {arm.name: read_seeds(plan.scale.seeds if arm.seeds is None else arm.seeds) for arm in own},
+                "tuning": tuning,
+            }
+        )
+    return json.loads(json.dumps(found))

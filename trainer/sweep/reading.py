@@ -52,7 +52,7 @@ def read(file: str, axes: Sequence[tuple[str, str]] = (), *, text: str | None = 
         raise ConfigError(f"experiment file {file} is not a .py file with get_experiment()")
     text = path.read_text() if text is None else text
     found = _load(path, text)
-    spaces = [axis(name, split_values(values)) for name, values in axes]
+    spaces = [_axis(name, split_values(values)) for name, values in axes]
     if isinstance(found, Experiment):
         experiment = _crossed(found, spaces)
     else:
@@ -65,6 +65,13 @@ def read(file: str, axes: Sequence[tuple[str, str]] = (), *, text: str | None = 
     if problems:
         raise ConfigError(problems, file)
     return Source(experiment, path, text, tuple(axes))
+
+
+def _axis(path: str, values: list[object]) -> Space:
+    """Raises `ConfigError` for a value that is named twice: it would be one point, not two."""
+    if twice := [value for i, value in enumerate(values) if repr(value) in map(repr, values[:i])]:
+        raise ConfigError(f"--sweep.{path} names {', '.join(map(str, twice))} twice")
+    return axis(path, values)
 
 
 def split_values(text: str) -> list[object]:

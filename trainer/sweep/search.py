@@ -13,13 +13,18 @@ the trials that were under way first. Imports no JAX, and Optuna only when it is
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from strata import ConfigError
+from strata.values import plain
 from trainer.sweep.experiment import Metric
+
+INVALID = 10
+"""Points that are no config, for each trial that was asked for, after which a search ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +101,11 @@ def check(search: Search) -> None:
         raise ConfigError("a search needs a metric of kind value and at least one trial")
 
 
+def ends(of: Uniform | LogUniform | Whole | Among) -> list[Any]:
+    """The values of an axis that are checked before a search: both bounds, or every choice."""
+    return list(of.choices) if isinstance(of, Among) else [of.low, of.high]
+
+
 def _positive(of: Any) -> str:
     return ", both above 0" if isinstance(of, LogUniform) else ""
 
@@ -104,7 +114,7 @@ class Study:
     """Optuna's side: proposes, is told, remembers in `optuna.journal`.
 
     Raises:
-      ConfigError: Optuna is not installed.
+      ConfigError: Optuna is not installed; or the directory holds a study of another search, with what differs.
     """
 
     def __init__(self, search: Search, directory: Path):
@@ -120,6 +130,7 @@ class Study:
         direction = "minimize" if search.metric.lower_is_better else "maximize"
         self.study = optuna.create_study(storage=storage, study_name=search.name, direction=direction, load_if_exists=True)
         known = self.study.get_trials(deepcopy=False)
+        self._refuse_another(directory)
         # A sampler that began from the same state again would propose the same points again.
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup, seed=search.sampler_seed + len(known))
         self.study.pruner = optuna.pruners.MedianPruner(search.startup) if search.prune else optuna.pruners.NopPruner()
@@ -129,11 +140,35 @@ class Study:
                 self.study.tell(trial.number, state=self.states.FAIL)
                 self.study.enqueue_trial(trial.params, user_attrs={"goes_on": trial.number})
 
+    def _refuse_another(self, directory: Path) -> None:
+        """What was found for another space, metric or config says nothing about this one."""
+        now = {
+            f"space {path}": {"kind": type(of).__name__} | {k: plain(v) for k, v in vars(of).items()}
+            for path, of in self.search.space.items()
+        }
+        now |= {
+            "metric": dataclasses.asdict(self.search.metric),
+            "changes": {k: plain(v) for k, v in self.search.changes.items()},
+        }
+        now |= {"config": self.search.config, "seed": self.search.seed}
+        now = json.loads(json.dumps(now))
+        first = self.study.user_attrs.get("search")
+        if first is None:  # new, or of an earlier version
+            self.study.set_user_attr("search", now)
+        elif changed := [name for name in sorted(first.keys() | now.keys()) if first.get(name) != now.get(name)]:
+            shown = [f"{name}: {json.dumps(first.get(name))} there, {json.dumps(now.get(name))} now" for name in changed]
+            raise ConfigError(f"{directory} holds a search with another {'; '.join(shown)}: give this one another name")
+
     def ask(self) -> tuple[int, dict[str, Any]] | None:
-        """Number and point of the next trial; None when there have been enough."""
+        """Number and point of the next trial; None when there have been enough.
+
+        Points that are no config are not among those; but once there have been `INVALID` times as many, it ends.
+        """
         trials = self.study.get_trials(deepcopy=False)
         waiting = any(trial.state == self.states.WAITING for trial in trials)
-        if not waiting and sum("goes_on" not in trial.user_attrs for trial in trials) >= self.search.trials:
+        invalid = sum("invalid" in trial.user_attrs for trial in trials)
+        spent = sum("goes_on" not in trial.user_attrs for trial in trials) - invalid
+        if not waiting and (spent >= self.search.trials or invalid >= INVALID * self.search.trials):
             return None
         trial = self.study.ask()
         self.trials[trial.number] = trial
@@ -149,6 +184,11 @@ class Study:
         failed = value is None or not math.isfinite(value)
         state = self.states.PRUNED if pruned else self.states.FAIL if failed else self.states.COMPLETE
         self.study.tell(number, value if state == self.states.COMPLETE else None, state=state)
+
+    def refuse(self, number: int) -> None:
+        """The trial's point is no config: it does not count as one that was spent."""
+        self.trials[number].set_user_attr("invalid", True)
+        self.study.tell(number, state=self.states.FAIL)
 
     def points(self) -> list[dict[str, Any]]:
         """Of all trials, each once."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from strata import ConfigError
+from strata import ConfigError, Problem
 from trainer.atomic_files import write_bytes_atomic
 from trainer.metrics.jsonl import read_metrics
 from trainer.sweep import outcome as outcomes
@@ -17,9 +19,11 @@ from trainer.sweep.local import POLL, Active, LocalLauncher
 from trainer.sweep.outcome import last_rows, outcome
 from trainer.sweep.plan import Plan, Run, make_plan
 from trainer.sweep.reading import Source
-from trainer.sweep.search import Search, Study
+from trainer.sweep.search import Search, Study, ends
 
 SCALE = "search"
+COMBINATIONS = 16
+"""Of ends of the other axes, with which a value is tried before it is refused."""
 
 
 def plan_of(search: Search, points: Sequence[dict[str, Any]], path: Path) -> Plan:
@@ -51,6 +55,35 @@ def plan_of(search: Search, points: Sequence[dict[str, Any]], path: Path) -> Pla
         ]
     )
     return make_plan(Source(experiment, path, text), SCALE)
+
+
+def check_points(search: Search, path: Path) -> None:
+    """Make sure that both ends of every axis, and every choice, can be part of a config.
+
+    Each is tried with the first end of the other axes, then with further combinations of ends: which of them go together the
+    search may find out, but a value that goes with none of them is a mistake.
+
+    Raises:
+      ConfigError: with every value that is one, and why.
+    """
+    found = {name: ends(of) for name, of in search.space.items()}
+    others = [dict(zip(found, values, strict=True)) for values in itertools.islice(itertools.product(*found.values()), 4096)]
+    others = [others[0], *random.Random(0).sample(others, min(len(others), COMBINATIONS))]
+    problems: dict[tuple[str, str, str], Problem] = {}
+    for name, values in found.items():
+        for value in values:
+            errors = []
+            for other in others:
+                try:
+                    plan_of(search, [other | {name: value}], path)
+                    break
+                except ConfigError as error:
+                    errors.append(error)
+            else:
+                for problem in errors[0].problems:
+                    problems.setdefault((problem.path, problem.message, repr(problem.value)), problem)
+    if problems:
+        raise ConfigError(list(problems.values()), f"{path}: the space")
 
 
 class SearchLauncher(LocalLauncher):
@@ -114,7 +147,7 @@ class SearchLauncher(LocalLauncher):
                 run = plan_of(self.options, [point], self.file).runs[0]
             except ConfigError as error:
                 self.display.say(f"trial {number} {point} is no valid config: {error}")
-                self.study.tell(number, None)
+                self.study.refuse(number)
                 continue
             self.numbers[run.directory] = number
             if not outcome(self.place.directory(run), run.steps).ended:

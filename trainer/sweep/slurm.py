@@ -48,16 +48,19 @@ def launch(place: Place, plan: Plan, slots: int, options: Mapping[str, str], aga
       StrataError: Slurm refused the job.
     """
     checked = check_options(options)
+    tried: set[str] = set()  # submitted here, so that what tuning adds later does not try failed runs again
     while True:
         place.write_plan(plan)
         queued = queued_runs(place)
         close_lost(place, plan, queued)
         missing = [run for run in plan.distinct if run.directory not in queued and not place.outcome(run).ended]
         missing = [run for run in missing if outcome(place.directory(run), run.steps).state != "running"]
+        missing = [run for run in missing if run.directory not in tried]
         held = [run for run in missing if not may_start(place, run)]
         missing = [run for run in missing if run not in held]
         if missing:
             job = submit(place, missing, slots, checked)
+            tried |= {run.directory for run in missing}
             print(f"submitted job {job}: {len(missing)} runs, {min(slots, len(missing))} at a time", flush=True)
         else:
             print(f"nothing to submit: {len(queued)} runs are in the queue", flush=True)
@@ -70,14 +73,13 @@ def launch(place: Place, plan: Plan, slots: int, options: Mapping[str, str], aga
         while queued_runs(place):
             time.sleep(POLL)
         close_lost(place, plan, {})
-        states = {place.outcome(run).state for run in plan.distinct if run not in held}
-        if not states <= {"finished", "diverged"}:
+        failed = [run for run in plan.distinct if run not in held and not place.outcome(run).ended]
+        if any(run.stage == "compare" for run in failed):
             return 1
-        before, plan = plan.later, again()
-        if any(may_start(place, run) for run in held):
+        before, plan = plan, again()
+        if any(may_start(place, run) for run in held) or (plan.runs, plan.later) != (before.runs, before.later):
             continue
-        if held or not before or plan.later == before:
-            return 1 if held or plan.later else 0
+        return 1 if failed or held or plan.later else 0
 
 
 def may_start(place: Place, run: Run) -> bool:

@@ -1,0 +1,61 @@
+"""What stood in the ledger before the runs, against what a report goes by. Imports no JAX."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.sweep.changes import flat
+from trainer.sweep.place import rules_of
+from trainer.sweep.plan import Plan
+
+_WORDS = ("statement", "metric", "rule", "paper_effect")
+"""Of a claim's row: in words what other fields hold exactly."""
+
+
+def changed_rules(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about claims, rules, metrics, seeds, tuning or the file, where they are not what the first start had.
+
+    Args:
+      plan: that the report goes by.
+      rows: of the ledger. Rows of earlier versions lack fields, which are then not compared.
+    """
+    plans = [row for row in rows if row["event"] == "plan"]
+    if not plans or not plan.claims or not any(row["event"] == "end" for row in rows):
+        return []
+    first, now = ({_name(rule): rule for rule in rules} for rules in (plans[0]["rules"], rules_of(plan)))
+    words = [f"now: {name}: {rule['rule']}" for name, rule in now.items() if name not in first]
+    words += [f"then: {name}: {rule['rule']}" for name, rule in first.items() if name not in now]
+    for name in [name for name in now if name in first]:
+        words += [f"{name}: {change}" for change in _changes(first[name], now[name])]
+    found = []
+    if words:
+        found.append(f"the claims or rules were changed after the sweep was first started ({'; '.join(words)})")
+    known = plans[0].get("file_sha256")
+    if known and known != hashlib.sha256(plan.source.text.encode()).hexdigest():
+        found.append(f"{plan.source.path} is not what it was when the sweep was first started")
+    return found
+
+
+def _name(rule: Mapping[str, Any]) -> str:
+    return f"{rule['statement']} ({rule['arm']} against {rule['against']}, {rule['metric']})"
+
+
+def _changes(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`path then ..., now ...` of every field that both have; fields in words only where the exact ones are not there."""
+    exact = "claim" in first and "claim" in now
+    kept = [key for key in first if key in now and not (exact and key in _WORDS)]
+    one, two = (flat({key: rule[key] for key in kept}) for rule in (first, now))
+    fields = ("claim.", "metrics.")  # another version of the code may have more of them
+    paths = [path for path in one.keys() | two.keys() if (path in one and path in two) or not path.startswith(fields)]
+    return [
+        f"{path.removeprefix('claim.')} then {_shown(one.get(path))}, now {_shown(two.get(path))}"
+        for path in sorted(paths)
+        if one.get(path) != two.get(path)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
