@@ -4,16 +4,20 @@ import gc
 import os
 import signal
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Child processes read this too, so that every test and every command it starts shares what was compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"strata-test-cache-{os.getuid()}"))
 
-# Most of the time of the tests is XLA's. A third of that goes to passes of its code generator that change no result but
-# rounding, a tenth to cutting programs into pieces for threads that two processes on two cores do not have. XLA_FLAGS in the
-# environment, even an empty one, is left as it is.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1")
+# Most of the time of the tests is XLA's. Half of that goes to passes and emitters that change no result but rounding, a tenth
+# to cutting programs into pieces for threads that two processes on two cores do not have. XLA_FLAGS in the environment, even
+# an empty one, is left as it is.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+if version("jax").startswith("0.10."):  # gone with 0.11
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 # A shell starts what it puts in the background with SIGINT ignored, and every process that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

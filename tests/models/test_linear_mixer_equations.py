@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -216,10 +215,6 @@ EQUATIONS: dict[str, tuple[Callable[..., Array], dict[str, Any], int, int]] = {
     "lightnet": (lightnet, {}, 2, 2),
     "lightnet_bare": (lightnet, {"gate": False, "convolution": 2, "value_heads": 4}, 2, 4),
 }
-# Compiling is what these tests cost. Without optimisation it takes half of the time.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 
 def errors(form: str) -> tuple[float, float]:
@@ -241,7 +236,7 @@ def errors(form: str) -> tuple[float, float]:
 
     x = rng.standard_normal((ROWS, LENGTH, WIDTH)).astype(np.float32)
     expected = equation(x.astype(np.float64), w, layer.mixer, heads, value_heads) @ w["out.kernel"]
-    return float(np.abs(jit(forward)(state, x) - expected).max()), float(np.abs(expected).max())
+    return float(np.abs(jax.jit(forward)(state, x) - expected).max()), float(np.abs(expected).max())
 
 
 @pytest.mark.parametrize("form", EQUATIONS)

@@ -31,10 +31,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "lightnet": {"name": "lightnet", "convolution": 2, "value_heads": 4},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
-# Compiling is what these tests cost. Without optimisation it takes half of the time.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 
 def fresh(mixer: dict[str, Any]) -> nnx.Module:
@@ -69,7 +65,7 @@ class Machine:
             layers = jax.tree.map(lambda leaf: leaf[None], cache)
             return mixer.step(x, mixer.prepare_step(x.shape[1], layers, index, start), cache)
 
-        self._parallel, self._step = jit(parallel), jit(step)
+        self._parallel, self._step = jax.jit(parallel), jax.jit(step)
 
     def parallel(self, x: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.asarray(out) for out in self._parallel(self.state, x, ids))
@@ -134,7 +130,7 @@ def test_a_gradient_reaches_every_parameter_in_bfloat16(form):
         return jnp.sum(out * weights), out
 
     x, weights = jnp.asarray(drawn[:2, :length], jnp.bfloat16), jnp.asarray(drawn[2:4, :length], jnp.bfloat16)
-    gradients, out = jit(jax.grad(objective, has_aux=True))(subject.state, x, weights)
+    gradients, out = jax.jit(jax.grad(objective, has_aux=True))(subject.state, x, weights)
     assert out.dtype == jnp.bfloat16
     exact = subject.parallel(drawn, np.ones((ROWS, LENGTH), np.int32))[0][:2, :length]
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.1 * np.abs(exact).max())
@@ -157,7 +153,7 @@ def twin(one: nnx.Module, other: nnx.Module, **changed: float) -> nnx.Module:
 
 def outputs(mixer: nnx.Module, x: np.ndarray) -> np.ndarray:
     graph, state = nnx.split(mixer)
-    return np.asarray(jit(lambda state, x: nnx.merge(graph, state)(x, mixer.prepare(x.shape[1], None)))(state, x))
+    return np.asarray(jax.jit(lambda state, x: nnx.merge(graph, state)(x, mixer.prepare(x.shape[1], None)))(state, x))
 
 
 def test_a_gated_delta_net_that_forgets_nothing_is_a_delta_net():
@@ -189,8 +185,8 @@ def test_a_short_convolution_is_a_causal_sum_over_its_taps_within_a_document():
     convolution = ShortConvolution(3, 4, axis="heads", activated=False, rngs=nnx.Rngs(params=0))
     x, kernel = drawn[:1, :9, :3], np.asarray(convolution.kernel[...])
     ids = np.array([[1, 1, 1, 1, 2, 2, 1, 1, 1]])  # a number that comes again is another document
-    plain, last = jit(lambda x: convolution(x, None, None))(x)
-    within, _ = jit(lambda x, ids: convolution(x, None, same_document(ids, 4)))(x, ids)
+    plain, last = jax.jit(lambda x: convolution(x, None, None))(x)
+    within, _ = jax.jit(lambda x, ids: convolution(x, None, same_document(ids, 4)))(x, ids)
     bounds = [0, 0, 0, 0, 4, 4, 6, 6, 6]
     for t in range(9):
         for first, found in ((0, plain), (bounds[t], within)):
@@ -206,13 +202,13 @@ def test_mamba_and_kimi_gates_start_within_their_published_ranges():
             decay = fresh({"name": name, "heads": 8, "value_heads": 8}).decay
             return jnp.exp(decay.A_log[...]), jax.nn.softplus(decay.dt_bias[...])
 
-        rates, steps = jit(drawn)()
+        rates, steps = jax.jit(drawn)()
         assert low <= rates.min() < rates.max() <= high + 1e-4, name
         assert 1e-3 - 1e-6 <= steps.min() < steps.max() <= 0.1 + 1e-6, name
 
 
 def test_hedgehog_starts_with_the_identity():
-    kernel = jit(lambda: fresh(FORMS["hedgehog"]).query_features.kernel[...])()
+    kernel = jax.jit(lambda: fresh(FORMS["hedgehog"]).query_features.kernel[...])()
     np.testing.assert_array_equal(kernel, np.stack([np.eye(8)] * 2))
 
 

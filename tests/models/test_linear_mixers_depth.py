@@ -30,10 +30,9 @@ def hybrid(pattern: list, **fields) -> dict:
 
 
 def jitted(model, call):
-    """`call(model, ...)` with the parameters as arguments, compiled without optimisation, in half of the time."""
+    """`call(model, ...)` with the parameters as arguments, compiled."""
     graph, state = nnx.split(model)
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    compiled = jax.jit(lambda state, *arguments: call(nnx.merge(graph, state), *arguments), compiler_options=options)
+    compiled = jax.jit(lambda state, *arguments: call(nnx.merge(graph, state), *arguments))
     return lambda *arguments: compiled(state, *arguments)
 
 
@@ -127,11 +126,11 @@ def on_a_mesh(what: str) -> None:
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split[name])), name
     states, split = ({name: nnx.State(state) for name, state in every.items()} for every in (states, split))
     x, ids = forms.drawn[:, :9], np.array([[1] * 9, [1] * 4 + [2] * 5] * 4, np.int32)
-    single = forms.jit(call)(states, x, ids)
+    single = jax.jit(call)(states, x, ids)
     with jax.set_mesh(mesh):
         batch = jax.NamedSharding(mesh, sharding.partition(("batch", None, None), x.shape, mesh))
         rows = jax.NamedSharding(mesh, sharding.partition(("batch", None), ids.shape, mesh))
-        found = forms.jit(call)(split, jax.device_put(x, batch), jax.device_put(ids, rows))
+        found = jax.jit(call)(split, jax.device_put(x, batch), jax.device_put(ids, rows))
     # The norm of each head divides by outputs that may be small: gradients on one device are 7e-5 off those in float64.
     tolerance = 5e-4 if what == "gradients" else 1e-5
     for expected, (path, leaf) in zip(jax.tree.leaves(single), jax.tree_util.tree_leaves_with_path(found), strict=True):

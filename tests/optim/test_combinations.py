@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -14,10 +13,6 @@ import pytest
 from flax import nnx
 
 import optim
-
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)  # nearly all of the time here is XLA's
 
 STEPS = 4
 KINDS = ["up=up"]
@@ -134,7 +129,7 @@ def check(row):
     tx, table = optim.build(config, model, steps=STEPS), optim.rates(config, STEPS)
     draws = optim.cuts(config, model, steps=STEPS)
     assert len(optim.assignment(config, model)) == 4
-    start, update = tx.init(params), jit(tx.update, static_argnames="cut")
+    start, update = tx.init(params), jax.jit(tx.update, static_argnames="cut")
     whole = trained(update, table, draws, params, start, 1, STEPS)
     half = trained(update, table, draws, params, start, 1, 2)
     saved = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), half)
@@ -158,7 +153,7 @@ def test_bfloat16_parameters_keep_their_type_and_move_nearly_as_in_float32(row):
     more = {} if draws is None else {"cut": 0}
     moved, state = {}, {}
     for name, params in (("exact", exact), ("short", short)):
-        update = jit(lambda g, params, more=more: tx.update(g, tx.init(params), params, **more))
+        update = jax.jit(lambda g, params, more=more: tx.update(g, tx.init(params), params, **more))
         moved[name], state[name] = update(gradient(1, params), params)
     for path, leaf in moved["short"].items():
         assert leaf.dtype == jnp.bfloat16

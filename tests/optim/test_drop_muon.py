@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +14,6 @@ from optim import roles
 from optim.options import DropMuon
 from optim.sampling import Cuts
 from strata import ConfigError
-
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)  # nearly all of the time here is XLA's
 
 LAYERS = 4
 
@@ -62,7 +56,7 @@ def gradient(k, params):
 def run(config, params, draws, steps=None, model=None):
     """Parameters and states after every update, with the given cuts."""
     tx = optim.build(config, model or Deep(), steps=steps)
-    state, update, found = tx.init(params), jit(tx.update, static_argnames="cut"), []
+    state, update, found = tx.init(params), jax.jit(tx.update, static_argnames="cut"), []
     for k, cut in enumerate(draws):
         moved, state = update(gradient(k, params), state, params, cut=cut)
         params = optax.apply_updates(params, moved)
@@ -132,7 +126,7 @@ def test_momentum_corrections_count_the_updates_that_a_layer_had(deep):
     g = gradient(2, deep)
     adam = optax.adamw(3e-3, 0.9, 0.95, weight_decay=0.1)
     own = {"up": before["up"][:2]}
-    moved, _ = jit(adam.update)({"up": g["up"][:2]}, adam.init(own), own)
+    moved, _ = jax.jit(adam.update)({"up": g["up"][:2]}, adam.init(own), own)
     np.testing.assert_allclose(after["up"][:2] - before["up"][:2], moved["up"], rtol=1e-3, atol=1e-6)
 
 
@@ -146,9 +140,9 @@ def test_updates_in_between_leave_no_trace_on_layers_that_were_frozen(deep):
 @pytest.mark.parametrize("direction", ["muon", "adamw"])
 def test_a_gradient_of_the_active_rows_alone_is_enough(direction, deep):
     tx, g, cut = optim.build(setting(direction), Deep()), gradient(0, deep), 2
-    whole, _ = jit(tx.update, static_argnames="cut")(g, tx.init(deep), deep, cut=cut)
+    whole, _ = jax.jit(tx.update, static_argnames="cut")(g, tx.init(deep), deep, cut=cut)
     short = {name: x[cut:] if name in ("up", "down", "gain") else x for name, x in g.items()} | {"embedding": None}
-    part, _ = jit(tx.update, static_argnames="cut")(short, tx.init(deep), deep, cut=cut)
+    part, _ = jax.jit(tx.update, static_argnames="cut")(short, tx.init(deep), deep, cut=cut)
     jax.tree.map(np.testing.assert_array_equal, part, whole)
 
 
@@ -157,8 +151,8 @@ def test_the_gradient_of_frozen_rows_does_not_matter_even_for_clipping(deep):
     g = gradient(0, deep)
     wild = {name: x.at[:2].set(1e6) if name in ("up", "down", "gain") else x for name, x in g.items()}
     wild["embedding"] = jnp.full_like(g["embedding"], np.nan)
-    one, _ = jit(tx.update, static_argnames="cut")(g, tx.init(deep), deep, cut=2)
-    other, _ = jit(tx.update, static_argnames="cut")(wild, tx.init(deep), deep, cut=2)
+    one, _ = jax.jit(tx.update, static_argnames="cut")(g, tx.init(deep), deep, cut=2)
+    other, _ = jax.jit(tx.update, static_argnames="cut")(wild, tx.init(deep), deep, cut=2)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -297,10 +291,10 @@ def test_sampling_that_cannot_be_is_refused(sampling, head, sentence):
 def test_cuts_that_cannot_be_drawn_are_refused(deep):
     tx = optim.build(setting(buckets=2), Deep())
     with pytest.raises(ValueError, match="none of those that can be drawn"):
-        jit(tx.update, static_argnames="cut")(gradient(0, deep), tx.init(deep), deep, cut=1)
+        jax.jit(tx.update, static_argnames="cut")(gradient(0, deep), tx.init(deep), deep, cut=1)
     plain = optim.build({"schedule": {"name": "constant"}}, Deep())
     with pytest.raises(ValueError, match="needs layer sampling"):
-        jit(plain.update, static_argnames="cut")(gradient(0, deep), plain.init(deep), deep, cut=1)
+        jax.jit(plain.update, static_argnames="cut")(gradient(0, deep), plain.init(deep), deep, cut=1)
     short = gradient(0, deep) | {"up": None}
     with pytest.raises(ValueError, match="no gradient of up"):
-        jit(tx.update, static_argnames="cut")(short, tx.init(deep), deep, cut=2)
+        jax.jit(tx.update, static_argnames="cut")(short, tx.init(deep), deep, cut=2)

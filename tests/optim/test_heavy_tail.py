@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +14,6 @@ from optim.layerwise.heavy_tail import assign
 from optim.layerwise.spectrum import quantile_index, spectral_quantile
 from optim.options import LLR, ByType, TempBalance
 from strata import ConfigError
-
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)  # nearly all of the time here is XLA's
 
 constant = {"name": "constant"}
 
@@ -143,7 +137,7 @@ def run(config, steps, total=100, params=None, state=None, first=1, rate=None):
     tx = optim.build(config, model, steps=total)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if params is None else params
     state = tx.init(params) if state is None else state
-    update, found = jit(tx.update), []
+    update, found = jax.jit(tx.update), []
     for k in range(first, first + steps):
         gradients = jax.tree.map(lambda x, k=k: jax.random.normal(jax.random.key(7 * k + x.size), x.shape), params)
         moved, state = update(gradients, state, params)
@@ -239,7 +233,7 @@ def test_alpha_decay_moves_decays_and_no_rates():
     idle = {"direction": {"name": "adamw", "weight_decay": 0.5, "learning_rate": 0.1}}
     tx = optim.build({**setting({"name": "alpha_decay"}), **idle}, Spectra(), steps=9)
     params = nnx.to_pure_dict(nnx.state(Spectra(), nnx.Param))
-    moved, _ = jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     shrink = 0.05 * found["decay"]["up"][:, None, None]
     np.testing.assert_allclose(moved["up"], -shrink * params["up"], rtol=1e-4)
 

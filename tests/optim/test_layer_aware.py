@@ -20,10 +20,6 @@ from optim.options.newton_schulz import CANDIDATES
 from optim.roles import Parameter
 from strata import ConfigError, resolve
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)  # nearly all of the time here is XLA's
-
 constant = {"name": "constant"}
 
 
@@ -144,7 +140,7 @@ def test_fewer_steps_are_really_less_work():
         def call(x):
             return [grouped({"a": x["a"][i]}, {"a": (choice,)}, candidates) for i, choice in enumerate(choices)]
 
-        return jit(call).lower(x).compile().cost_analysis()["flops"]
+        return jax.jit(call).lower(x).compile().cost_analysis()["flops"]
 
     few, mixed, many = flops((0,) * 4), flops((0,) * 3 + (1,)), flops((1,) * 4)
     assert few / many == pytest.approx(2 / 6, rel=0.05) and mixed / many == pytest.approx((3 * 2 + 6) / 24, rel=0.05)
@@ -170,8 +166,8 @@ def test_one_candidate_everywhere_is_plain_muon():
     plain = optim.build({"direction": muon, "schedule": constant, "clip_norm": None}, Blocks())
     for name in ("predicted", "measured"):
         tx, params, _, _ = build({"name": name, "candidates": ["jordan2"]})
-        one, _ = jit(tx.update)(params, tx.init(params), params)
-        other, _ = jit(plain.update)(params, plain.init(params), params)
+        one, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        other, _ = jax.jit(plain.update)(params, plain.init(params), params)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, other)
 
 
@@ -211,7 +207,7 @@ def planted():
 
 
 def advance(tx, params, state, gradients):
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     for g in gradients:
         _, state = update(g, state, params)
     return state
@@ -234,7 +230,7 @@ def test_measured_choices_are_those_of_the_planted_spectra(planted):
 def test_a_measured_choice_runs_the_configuration_it_names(planted):
     candidates = ("jordan3", "jordan5", "deepseek10")
     tx, params, _, _ = build({"name": "measured", "every": 1, "choose_at": 1, "candidates": list(candidates)})
-    moved, state = jit(tx.update)(planted(), tx.init(params), params)
+    moved, state = jax.jit(tx.update)(planted(), tx.init(params), params)
     choice = optim.spectra(state).choice["down"][:, 0]
     assert len(set(np.asarray(choice))) > 1
     for layer in range(3):
@@ -266,7 +262,7 @@ def test_measured_choices_resume_bit_for_bit(planted):
 
 def test_a_state_of_choices_can_be_donated(planted):
     tx, params, _, _ = build({"name": "measured"})
-    step = jit(lambda s, g, p: tx.update(g, s, p)[1], donate_argnums=0)
+    step = jax.jit(lambda s, g, p: tx.update(g, s, p)[1], donate_argnums=0)
     state = step(tx.init(params), planted(), params)
     assert int(optim.spectra(step(state, planted(), params)).count) == 2
 

@@ -16,10 +16,6 @@ from optim.layerwise.noise import multipliers_of
 from optim.options import LANTON, Optimizer
 from strata import ConfigError
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)  # nearly all of the time here is XLA's
-
 constant = {"name": "constant"}
 
 
@@ -30,7 +26,7 @@ def setting(**fields):
 
 def run(config, model, params, gradients, steps, **extra):
     tx = optim.build(config, model)
-    state, update = tx.init(params), jit(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update)
     for k in range(1, steps + 1):
         moved, state = update(gradients(k), state, params, **{name: of(k) for name, of in extra.items()})
         params = optax.apply_updates(params, moved)
@@ -170,7 +166,7 @@ def test_equal_noise_gives_one_however_seldom_a_layer_is_active(floor_of):
     params = nnx.to_pure_dict(nnx.state(Stack(), nnx.Param))
     config = setting(floor_of=floor_of) | {"sampling": {"name": "drop_muon", "buckets": 4}}
     tx = optim.build(config, Stack())
-    state, update = tx.init(params), jit(tx.update, static_argnames="cut")
+    state, update = tx.init(params), jax.jit(tx.update, static_argnames="cut")
     one, sign = jax.random.normal(jax.random.key(0), (6, 8)), np.ones(4)
     for cut in (3, 1, 1, 3, 0, 1, 0, 3):
         sign[cut:] *= -1
@@ -199,7 +195,7 @@ def test_the_noise_estimate_resumes_bit_for_bit(model, params, gradients):
     whole = run(config, model, params, gradients, 6)
     half, state = run(config, model, params, gradients, 3)
     tx = optim.build(config, model)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     half, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (half, state))
     for k in (4, 5, 6):
         moved, state = update(gradients(k), state, half)

@@ -130,7 +130,7 @@ def check_model(row, tmp_path):
     with jax.set_mesh(setup.mesh):
         state = initial_state(drawn(setup.model), setup.transformation())
         inputs = [(setup.put_batch(next(iter(rows)), 2), setup.put_scalars(rates(k))) for k in (1, 2, 3)]
-        step = quick(setup.jitted_train_step(), state, *inputs[0])
+        step = setup.jitted_train_step()
         for k in (0, 1):
             state, metrics = step(state, *inputs[k])
         assert bool(metrics["finite"]) and float(metrics["grad_norm"]) > 0
@@ -147,7 +147,7 @@ def check_model(row, tmp_path):
         return model.step(jnp.argmax(logits[:, -1:], -1).astype(jnp.int32), cache)[0]
 
     prompts, start = jnp.asarray([[1, 2, 3], [0, 0, 4]], jnp.int32), jnp.asarray([0, 2], jnp.int32)
-    logits = quick(jax.jit(write), expected["params"], prompts, start)(expected["params"], prompts, start)
+    logits = jax.jit(write)(expected["params"], prompts, start)
     assert logits.shape == (2, 1, setup.model.vocab_size) and np.all(np.isfinite(logits))
 
 
@@ -252,7 +252,7 @@ def check_recipe(row, tmp_path):
         for k in range(first, last + 1):
             cut = None if setup.cuts is None else setup.cuts.cut(k, setup.config.seed)
             if cut not in programs:
-                programs[cut] = quick(setup.jitted_train_step(cut), state, *inputs[k])
+                programs[cut] = setup.jitted_train_step(cut)
             state, metrics = programs[cut](state, *inputs[k])
             assert bool(metrics["finite"]) and float(metrics["grad_norm"]) > 0
         return state, metrics
@@ -300,12 +300,6 @@ def drawn(model):
         around = 1.0 if path[-1] == "scale" else 0.0
         flat[path] = jnp.asarray(around + 0.2 * rng.standard_normal(variable.shape), jnp.float32)
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
-
-
-def quick(function, *arguments):
-    """Compiled without optimisation: what a program computes is tested here, not how fast."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return function.lower(*arguments).compile(compiler_options=options)
 
 
 def with_checkpoint(path, setup, state=None):

@@ -147,13 +147,11 @@ def go_on_with_four(directory: Path) -> None:
     (directory / "four.json").write_text(json.dumps(seen))
 
 
-QUICK = "--xla_backend_optimization_level=0"  # of XLA, which takes nearly all of the time here
-
-
-def child(devices: int, *arguments: str, flags: str = QUICK) -> None:
+def child(devices: int, *arguments: str, flags: str | None = None) -> None:
+    flags = os.environ["XLA_FLAGS"] if flags is None else flags
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
@@ -171,7 +169,7 @@ if __name__ == "__main__":
 # ---- what is claimed of it
 
 
-def ran(directory: Path, which: str, flags: str = QUICK) -> tuple[Path, dict[str, Any]]:
+def ran(directory: Path, which: str, flags: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Trains in a process of eight devices; gives the directory of the runs, and what was seen of each."""
     child(8, which, str(directory), flags=flags)
     return directory, json.loads((directory / "seen.json").read_text())
