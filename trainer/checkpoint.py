@@ -59,8 +59,7 @@ class Checkpointer:
       keep_best: this many with the lowest metric are kept too.
       named: these steps are kept too, whatever comes after them.
       say: receives warnings in words, such as a damaged checkpoint that was passed over; default: print to stderr.
-      committed: called in process 0 with the step of every save that is complete, before older ones are deleted, from the
-        thread that writes.
+      committed: called in process 0, from the thread that writes, with every step whose save is complete.
     """
 
     def __init__(
