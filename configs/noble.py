@@ -5,8 +5,8 @@
 
 Cost: 1,000 steps in 4 1/2 minutes on two cores of an AMD EPYC (Zen 4), with other work beside it.
 Result: 1.638 bits per byte on the held-out files (seed 0, Python 3.11.7, jax 0.10.2); `configs/tiny.py` reached 1.643 with
-16 % fewer parameters, and `:control` 1.660. So the branch made up for what the halved kernels cost; the 0.005 beyond that is less
-than one seed each can tell from nothing. An earlier version of the code ended at 1.642.
+16 % fewer parameters, and `:control` 1.660. So the branch made up for what the halved kernels cost; one seed each
+cannot tell the 0.005 beyond that from nothing. An earlier version of the code ended at 1.642.
 """
 
 from ml_collections import ConfigDict

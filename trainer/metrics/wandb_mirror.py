@@ -163,7 +163,7 @@ def _host() -> str:
     url = os.environ.get("WANDB_BASE_URL")
     if not url:
         settings = configparser.ConfigParser(interpolation=None)
-        home = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+        home = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
         try:
             settings.read([home / "settings", Path("wandb") / "settings"])  # the later file counts
             url = settings.get("default", "base_url", fallback=None)
