@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.mosaic_gpu.layout import Form
 from kernels.mosaic_gpu.limits import TILE
-from kernels.mosaic_gpu.tiles import Operand, by_column, by_row, dot, index, nn, put
+from kernels.mosaic_gpu.tiles import REGISTERS, Operand, by_column, by_row, dot, nn, put
 
 
 class Rows(NamedTuple):
@@ -35,18 +35,32 @@ class Rows(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Pairs of rows of a chunk; i, j: numbers of its rows and columns."""
+    """Pairs of rows of a chunk. A mask is made where it is used, from numbers in shared memory: those that it can work out by
+    itself the compiler would keep in registers from the first use to the last.
+    """
 
     rows: Rows
-    i: jax.Array
-    j: jax.Array
+    numbers: Any  # [64]
 
     @classmethod
-    def of(cls, rows: Rows) -> Masks:
-        return cls(rows, index(0), index(1))
+    def of(cls, rows: Rows, numbers: Any) -> Masks:
+        """Writes 0, 1, ... 63 to `numbers`, int32 [64] of shared memory."""
+        numbers[...] = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=REGISTERS.reduce(1))
+        plgpu.commit_smem()
+        return cls(rows, numbers)
+
+    @property
+    def i(self) -> jax.Array:
+        """Numbers of the rows of a tile, int32 [64,64]."""
+        return by_row(self.numbers)
+
+    @property
+    def j(self) -> jax.Array:
+        """Numbers of its columns."""
+        return by_column(self.numbers)
 
     def _same(self, mask: jax.Array) -> jax.Array:
-        """Those of one segment. Read when it is asked for, so that it takes no registers before."""
+        """Those of one segment."""
         if not self.rows.form.segmented:
             return mask
         return mask & (by_row(self.rows.at("run")) == by_column(self.rows.at("run")))
@@ -97,15 +111,16 @@ class Level(NamedTuple):
     def corner(self, masks: Masks) -> jax.Array:
         """Pairs of a row of a lower half and a row of the upper half of the same block."""
         # As a comparison of one number of the row with one of the column: a loop over levels then keeps nothing for every pair.
-        block = -2 * self.half
-        lower = jnp.where((masks.i & self.half) != 0, masks.i & block, -1)
-        upper = jnp.where((masks.j & self.half) == 0, masks.j & block, -2)
+        i, j, block = masks.i, masks.j, -2 * self.half
+        lower = jnp.where((i & self.half) != 0, i & block, -1)
+        upper = jnp.where((j & self.half) == 0, j & block, -2)
         return lower == upper
 
     def stretches(self, masks: Masks) -> jax.Array:
         """For every row the rows whose gates lie between it and the first row of its block's lower half."""
-        between = (masks.i & (-2 * self.half)) + self.half
-        return (masks.j > jnp.minimum(masks.i, between)) & (masks.j <= jnp.maximum(masks.i, between))
+        i, j = masks.i, masks.j
+        between = (i & (-2 * self.half)) + self.half
+        return (j > jnp.minimum(i, between)) & (j <= jnp.maximum(i, between))
 
 
 def levels(body: Callable[[Level, Any], Any], carry: Any, first: int = 1) -> Any:

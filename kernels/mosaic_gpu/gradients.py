@@ -24,16 +24,16 @@ from kernels.mosaic_gpu.decays import Level, Masks, Rows, levels, pairs, summed,
 from kernels.mosaic_gpu.layout import Form, Size, columns, launch, tokens
 from kernels.mosaic_gpu.limits import TILE
 from kernels.mosaic_gpu.tiles import (
-    REGISTERS,
-    SHAPE,
     Operand,
     Parked,
     Pool,
     arrived,
     by_column,
+    by_row,
     copy,
     done,
     dot,
+    each_row,
     fetched,
     hidden,
     keep,
@@ -60,6 +60,12 @@ class _Across:
     def __init__(self, form: Form, refs: SimpleNamespace, pool: Pool):
         self.form, self.refs, self.pool, self.streams = form, refs, pool, 1
 
+    def at(self, name: str) -> tuple:
+        """Where the rows of an input lie."""
+        refs = self.refs
+        by_chunk = (refs.n, refs.h, columns(refs.k_tile)) if name.endswith("states") else (tokens(refs.n), refs.h)
+        return (refs.b, *by_chunk)
+
     def tiles(self, *names: str) -> Iterator[list[list[Operand]]]:
         """For each name its tiles across V: all together, or of several pieces one after the other."""
         form, refs, start = self.form, self.refs, self.pool.next
@@ -71,13 +77,8 @@ class _Across:
         plgpu.commit_smem()
         for first in range(0, count, together):
             for name, across in zip(names, operands, strict=True):
-                at = (
-                    (refs.b, refs.n, refs.h, columns(refs.k_tile))
-                    if name.endswith("states")
-                    else (refs.b, tokens(refs.n), refs.h)
-                )
                 for number, operand in enumerate(across):
-                    copy(form, getattr(refs, name), at, first + number, operand, barrier)
+                    copy(form, getattr(refs, name), self.at(name), first + number, operand, barrier)
             if form.exact:
                 plgpu.commit_smem()
             else:
@@ -89,6 +90,15 @@ class _Across:
     def product(self, a: str, b: str) -> jax.Array:
         """a b^T"""
         return total(dot(*map(nt, x, y)) for x, y in self.tiles(a, b))
+
+    def inner(self, a: str, b: str) -> jax.Array:
+        """Its diagonal, [64], from device memory: in float32 the tiles of three inputs at once would not fit the registers."""
+
+        def part(name: str, tile: int) -> jax.Array:
+            batch, *rest = self.at(name)
+            return fetched(getattr(self.refs, name).at[(hidden(batch), *rest, columns(tile))])
+
+        return total(jnp.sum(part(a, tile) * part(b, tile), axis=1) for tile in range(self.refs.do.shape[-1] // TILE))
 
 
 def total(parts: Iterable[jax.Array]) -> jax.Array:
@@ -109,8 +119,8 @@ def streams(form: Form, size: Size) -> tuple[int, ...]:
 
 
 class _ByRow(NamedTuple):
-    """Pairs of rows under a decay by row, which their cotangents d and r carry, or none. Each method gives one sum over
-    pairs.
+    """Pairs of rows under a decay by row, which their cotangents d and r carry, or none. Each method gives one sum over pairs;
+    to what rows read it adds `reached`, what they read through the entering state.
     """
 
     pool: Pool
@@ -120,9 +130,9 @@ class _ByRow(NamedTuple):
     r: Operand | None
     beta: jax.Array | None
 
-    def to_q(self) -> jax.Array:
+    def to_q(self, reached: jax.Array) -> jax.Array:
         """What q gets."""
-        return dot(nn(self.d, self.k))
+        return now(reached + dot(nn(self.d, self.k)))[0]
 
     def to_column(self) -> jax.Array:
         """What k gets as the row that is read."""
@@ -134,9 +144,9 @@ class _ByRow(NamedTuple):
             terms.append(tn(weighed, self.k))
         return dot(*terms)
 
-    def to_row(self) -> jax.Array:
+    def to_row(self, reached: jax.Array) -> jax.Array:
         """What k gets as the row that reads, without beta."""
-        return dot(nn(self.r, self.k))
+        return now(reached + dot(nn(self.r, self.k)))[0]
 
 
 class _ByChannel(NamedTuple):
@@ -157,8 +167,10 @@ class _ByChannel(NamedTuple):
     r: Operand | None
     beta: jax.Array | None
 
-    def _sum(self, *products: tuple[Callable[[], jax.Array], Callable[[], jax.Array], Callable[..., Any]]) -> jax.Array:
-        """Over levels and products of the part of the first that belongs to the level and the decayed second."""
+    def _sum(
+        self, start: jax.Array, *products: tuple[Callable[[], jax.Array], Callable[[], jax.Array], Callable[..., Any]]
+    ) -> jax.Array:
+        """`start`, and over levels and products of the part of the first that belongs to the level and the decayed second."""
         corners, weighted = self.working
 
         def halve(level: Level, found: jax.Array) -> jax.Array:
@@ -175,25 +187,25 @@ class _ByChannel(NamedTuple):
             return found
 
         if self.parked is None:
-            return levels(halve, zeros())
-        put(self.parked, zeros())
+            return levels(halve, start)
+        put(self.parked, start)
         levels(halve, jnp.int32(0))
         return read(self.parked)
 
-    def to_q(self) -> jax.Array:
+    def to_q(self, reached: jax.Array) -> jax.Array:
         """What q gets."""
-        return self._sum((lambda: read(self.d), self.k, nn))
+        return self._sum(reached, (lambda: read(self.d), self.k, nn))
 
     def to_column(self) -> jax.Array:
         """What k gets as the row that is read."""
         products = [(lambda: read(self.d), self.q, tn)]
         if self.r is not None:
             products.append((lambda: read(self.r) * self.beta, self.k, tn))
-        return self._sum(*products)
+        return self._sum(zeros(), *products)
 
-    def to_row(self) -> jax.Array:
+    def to_row(self, reached: jax.Array) -> jax.Array:
         """What k gets as the row that reads, without beta."""
-        return self._sum((lambda: read(self.r), self.k, nn))
+        return self._sum(reached, (lambda: read(self.r), self.k, nn))
 
 
 def _cotangents(form: Form, across: _Across, rows: Rows, masks: Masks, d: Operand, r: Operand | None) -> jax.Array:
@@ -238,12 +250,15 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     d, r = pool.take(form.made), pool.take(form.made) if form.delta else None
     staging = None if form.exact else pool.take()
     rows = Rows(form, refs.rows_smem.at[0])
-    masks = Masks.of(rows)
+    masks = Masks.of(rows, refs.numbers)
     across = _Across(form, refs, pool)
-    diagonal = lax.broadcast_in_dim(_cotangents(form, across, rows, masks, d, r), SHAPE, [0])
+    refs.diagonal[...] = _cotangents(form, across, rows, masks, d, r)
     beta = rows.factor("beta") if form.delta else None
     dk = Parked(pool.take(form.fine))
-    after: Any = Parked(pool.take(form.fine)) if vector else _RowSums()
+    if vector:
+        after = Parked(pool.take(form.fine))
+    else:
+        after = _RowSums(refs.vectors.at[0]) if form.decay == "scalar" else None
     held = pool.next
     chosen = gates = None
     if vector:
@@ -261,29 +276,32 @@ def body(form: Form, refs: SimpleNamespace) -> None:
         (x,) = now(across.product(a, "states") * factor)
         return now(x * summed(chosen, masks.j <= masks.i, [gates])(0))[0] if vector else x
 
+    def to_gates(x: jax.Array) -> None:
+        """What the gates after a row get, if there are any."""
+        if after is not None:
+            after.add(x)
+
     # One sum after the other, each at once: what is alive together must fit the registers.
-    x = pairs_sums.to_q()
     pool.back(here)
-    (x,) = now(x + reached("do", rows.factor("entry") * form.scale))
-    after.add(q_rows() * x)
-    keep(form, refs.dq, own, refs.k_tile, staging, x + diagonal * k_rows())
+    x = pairs_sums.to_q(reached("do", rows.factor("entry") * form.scale))
+    to_gates(q_rows() * x)
+    keep(form, refs.dq, own, refs.k_tile, staging, x + by_row(refs.diagonal) * k_rows())
     x = pairs_sums.to_column()
-    after.add(k_rows() * (0.0 - x))
-    dk.add(x + diagonal * q_rows())
+    to_gates(k_rows() * (0.0 - x))
+    dk.add(x + by_row(refs.diagonal) * q_rows())
     if form.delta:
-        x = pairs_sums.to_row()
         pool.back(here)
-        (x,) = now(x + reached("dwritten", 0.0 - rows.factor("entry")))
+        x = pairs_sums.to_row(reached("dwritten", 0.0 - rows.factor("entry")))
         refs.vectors[len(sums(form)) - 1] = jnp.sum(k_rows() * x, axis=1)
         (x,) = now(x * beta)
-        after.add(k_rows() * x)
+        to_gates(k_rows() * x)
         dk.add(x)
     pool.back(here)
-    x = through = None
-    for written, dstates, states in across.tiles("written", "dstates", "states"):
+    x, through = None, across.inner("states", "dstates") if form.exact and form.decay != "none" else None
+    for written, dstates, *states in across.tiles("written", "dstates", *("states",) * (not form.exact)):
         (new,) = now(dot(*map(nt, written, dstates)))
-        x = new if x is None else x + new
-        for y, z in zip(dstates, states, strict=True):
+        x = new if x is None else now(x + new)[0]
+        for y, z in zip(dstates, *states, strict=True) if states else ():
             new = jnp.sum(read(y) * read(z), axis=1)
             through = new if through is None else through + new
     (x,) = now(x * rows.factor("exit"))
@@ -295,7 +313,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
         pool.back(held)
         refs.dg[(*own, columns(refs.k_tile))] = _gate(form, refs, pool, masks, after.operand, left, through, rows)
     elif form.decay == "scalar":
-        refs.vectors[0], refs.vectors[1], refs.vectors[2] = after.found, jnp.sum(left, axis=1), through
+        refs.vectors[1], refs.vectors[2] = jnp.sum(left, axis=1), through
     if sums(form):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(refs.vectors, refs.sums.at[(refs.b, refs.n, refs.h, refs.k_tile)])
@@ -303,14 +321,18 @@ def body(form: Form, refs: SimpleNamespace) -> None:
 
 
 class _RowSums:
-    """Adds tiles up over channels: [64]."""
+    """Adds tiles up over channels, into a vector [64] of shared memory."""
 
-    def __init__(self) -> None:
-        self.found = None
+    def __init__(self, vector: Any):
+        self.vector, self.begun = vector, False
 
     def add(self, x: jax.Array) -> None:
         x = jnp.sum(x, axis=1)
-        self.found = x if self.found is None else self.found + x
+        if self.begun:
+            (x,) = now(each_row(self.vector) + x)
+            plgpu.commit_smem()  # what was read has been read
+        self.vector[...] = x
+        self.begun = True
 
 
 def _gate(
@@ -325,10 +347,7 @@ def _gate(
     put(before, where(masks.j < masks.i, 1.0))
     put(leaving, left)
     # Over channels the numbers lie as those of the state's rows do; as a tile's columns they are read back from memory.
-    factor = plgpu.load(
-        refs.through.at[(refs.b, refs.n, refs.h, columns(refs.k_tile))], layout=REGISTERS.reduce(1), optimized=False
-    )
-    refs.channel[...] = through * factor
+    refs.channel[...] = through * each_row(refs.through.at[(refs.b, refs.n, refs.h, columns(refs.k_tile))])
     plgpu.commit_smem()
     passed = by_column(refs.channel) * rows.factor("through")
     return dot(nn(following, after), nn(before, leaving)) + passed
@@ -359,7 +378,7 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
     gates = (form.fine + 1) * vector
     working = (
         (2 + form.delta) * together - form.fine * (1 + vector),
-        gates + 3 * together,
+        gates + (3 - form.exact) * together,
         gates + (2 + form.exact) * form.made,
     )
     return launch(
@@ -373,5 +392,7 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
         copies=(1 if form.exact else 3, *streams(form, size)),
         row_slots=1,
         vectors=count,
+        numbers=True,
+        diagonal=True,
         channel=vector,
     )

@@ -122,23 +122,27 @@ def launch(
     copies: tuple[int, ...] = (1,),
     row_slots: int = 0,
     vectors: int = 0,
+    numbers: bool = False,
+    diagonal: bool = False,
     channel: bool = False,
 ) -> dict[str, jax.Array]:
     """Run `body(form, refs)` once for every point of `grid`, each on one warpgroup.
 
     `refs` has every input and output by name, in device memory, and in shared memory: pool [pool,64,64] bfloat16 tiles;
     barriers, for every number in `copies` [slots] that complete when so many copies have arrived; rows_smem
-    [row_slots,len(form.rows),64] vectors [vectors,64] and channel [64], float32.
+    [row_slots,len(form.rows),64], vectors [vectors,64], diagonal [64] and channel [64], float32; numbers [64], int32.
     """
     scratch = {
         "pool": plgpu.SMEM((pool, TILE, TILE), jnp.bfloat16, transforms=SWIZZLED),
         "barriers": tuple(plgpu.Barrier(num_barriers=slots, num_arrivals=count) for count in copies),
         "rows_smem": plgpu.SMEM((row_slots, len(form.rows), TILE), jnp.float32) if row_slots else None,
         "vectors": plgpu.SMEM((vectors, TILE), jnp.float32) if vectors else None,
+        "numbers": plgpu.SMEM((TILE,), jnp.int32) if numbers else None,
+        "diagonal": plgpu.SMEM((TILE,), jnp.float32) if diagonal else None,
         "channel": plgpu.SMEM((TILE,), jnp.float32) if channel else None,
     }
     scratch = {name: kind for name, kind in scratch.items() if kind is not None}
-    used = pool * TILE * TILE * 2 + (row_slots * len(form.rows) + vectors + channel) * TILE * 4
+    used = pool * TILE * TILE * 2 + (row_slots * len(form.rows) + vectors + numbers + diagonal + channel) * TILE * 4
     if used > SHARED_MEMORY - 4096:  # left for barriers and for sums across warps
         raise AssertionError(f"{form.name} {name}: {used} bytes of shared memory")
     names = (*inputs, *outputs)

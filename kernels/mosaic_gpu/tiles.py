@@ -114,21 +114,20 @@ def now(*tiles: jax.Array) -> list[jax.Array]:
     return list(lax.optimization_barrier(tiles))
 
 
+def each_row(vector: Any) -> jax.Array:
+    """A vector [64] of memory, a number for each row of a tile."""
+    return plgpu.load(vector, layout=REGISTERS.reduce(1), optimized=False)
+
+
 def by_row(vector: Any) -> jax.Array:
     """A vector [64] of shared memory as a factor of every row: entry i along row i."""
-    x = plgpu.load(vector, layout=REGISTERS.reduce(1), optimized=False)
-    return lax.broadcast_in_dim(x, SHAPE, [0])
+    return lax.broadcast_in_dim(each_row(vector), SHAPE, [0])
 
 
 def by_column(vector: Any) -> jax.Array:
     """A vector [64] of shared memory as a factor of every column: entry j along column j."""
     x = plgpu.load(vector, layout=REGISTERS.reduce(0), optimized=False)
     return lax.broadcast_in_dim(x, SHAPE, [1])
-
-
-def index(axis: int) -> jax.Array:
-    """Numbers of the rows (0) or columns (1) of a tile, int32."""
-    return plgpu.broadcasted_iota(jnp.int32, SHAPE, axis, layout=REGISTERS)
 
 
 class Parked:
