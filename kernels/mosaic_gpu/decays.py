@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.mosaic_gpu.layout import Form
 from kernels.mosaic_gpu.limits import TILE
-from kernels.mosaic_gpu.tiles import REGISTERS, Operand, by_column, by_row, dot, nn, put
+from kernels.mosaic_gpu.tiles import REGISTERS, Operand, by_column, by_row, dot, index, nn, put
 
 
 class Rows(NamedTuple):
@@ -35,16 +35,18 @@ class Rows(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Pairs of rows of a chunk. A mask is made where it is used, from numbers in shared memory: those that it can work out by
-    itself the compiler would keep in registers from the first use to the last.
+    """Pairs of rows of a chunk.
+
+    numbers: 0, 1, ... 63 in shared memory, where masks are to be made from; or None. Numbers that it can work out by itself the
+    compiler keeps in registers from the first mask to the last, which is faster where there are registers for them.
     """
 
     rows: Rows
-    numbers: Any  # [64]
+    numbers: Any = None
 
     @classmethod
-    def of(cls, rows: Rows, numbers: Any) -> Masks:
-        """Writes 0, 1, ... 63 to `numbers`, int32 [64] of shared memory."""
+    def in_shared_memory(cls, rows: Rows, numbers: Any) -> Masks:
+        """Fills `numbers`, int32 [64] of shared memory."""
         numbers[...] = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=REGISTERS.reduce(1))
         plgpu.commit_smem()
         return cls(rows, numbers)
@@ -52,12 +54,12 @@ class Masks(NamedTuple):
     @property
     def i(self) -> jax.Array:
         """Numbers of the rows of a tile, int32 [64,64]."""
-        return by_row(self.numbers)
+        return index(0) if self.numbers is None else by_row(self.numbers)
 
     @property
     def j(self) -> jax.Array:
         """Numbers of its columns."""
-        return by_column(self.numbers)
+        return index(1) if self.numbers is None else by_column(self.numbers)
 
     def _same(self, mask: jax.Array) -> jax.Array:
         """Those of one segment."""

@@ -250,7 +250,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     d, r = pool.take(form.made), pool.take(form.made) if form.delta else None
     staging = None if form.exact else pool.take()
     rows = Rows(form, refs.rows_smem.at[0])
-    masks = Masks.of(rows, refs.numbers)
+    masks = Masks.in_shared_memory(rows, refs.numbers)
     across = _Across(form, refs, pool)
     refs.diagonal[...] = _cotangents(form, across, rows, masks, d, r)
     beta = rows.factor("beta") if form.delta else None

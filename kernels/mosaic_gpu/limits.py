@@ -14,10 +14,6 @@ LARGEST_KEY_SIZE = 128
 LARGEST_VALUE_SIZE = 256
 SHARED_MEMORY = 232448
 """Bytes a block may have on Hopper."""
-FLOAT32_ON_A_GPU = ("none",)
-"""Decays whose float32 kernels keep to the registers of a GPU; `registers.json` says what the others spill. Interpreted, all
-run.
-"""
 VERSIONS = ((0, 11, 2), (0, 12))
 """JAX from the first and before the second: the Mosaic GPU interface changes between minor versions."""
 
@@ -52,8 +48,6 @@ def refusal(call: Call) -> str | None:
         return f"the default device has compute capability {call.capability or 'unknown'}; the kernels need 9.0 (Hopper)"
     if call.dtype not in ("bfloat16", "float32"):
         return f"q, k, v are {call.dtype}; the kernels take bfloat16 and float32"
-    if call.dtype == "float32" and not interpreted and call.decay not in FLOAT32_ON_A_GPU:
-        return "float32 with a decay: the backward kernels would spill registers; they take bfloat16"
     if call.sequences is not None:
         return "cu_seqlens is not built into these kernels; segment_ids is"
     if call.chunk_size not in (None, TILE):

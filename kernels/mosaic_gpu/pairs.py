@@ -64,7 +64,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
         copy(form, refs.k, shared, tile, k[tile], barrier.at[0])
     arrived(form, barrier.at[0])
     rows = Rows(form, refs.rows_smem.at[0])
-    masks = Masks.of(rows, refs.numbers)
+    masks = Masks(rows)
     if form.decay == "vector":
         scores, erasing = _by_channel(form, refs, pool, masks, q, k, own, staging)
     else:
@@ -163,5 +163,4 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
         copies=(1 + (0 if form.exact else 2 * tiles),),
         row_slots=1,
         vectors=tiles if vector else 0,
-        numbers=True,
     )

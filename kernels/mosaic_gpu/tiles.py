@@ -130,6 +130,11 @@ def by_column(vector: Any) -> jax.Array:
     return lax.broadcast_in_dim(x, SHAPE, [1])
 
 
+def index(axis: int) -> jax.Array:
+    """Numbers of the rows (0) or columns (1) of a tile, int32."""
+    return plgpu.broadcasted_iota(jnp.int32, SHAPE, axis, layout=REGISTERS)
+
+
 class Parked:
     """A sum that grows in shared memory while the registers are needed for something else. Only `read`; not for products
     before a commit.
