@@ -183,34 +183,40 @@ class Loop:
         )
         restored = self.checkpointer.restore(shapes)
         if restored is not None:
-            state = restored.state
-            if jax.device_get(state["guard"]["halted"]):
-                # Whoever starts a run again that halted on non-finite losses has seen why; it counts anew.
-                state |= {"guard": self.setup.put_scalars({"skipped": np.int32(0), "halted": np.bool_(False)})}
-            return state, restored.host, restored.step
+            return self._counting_anew(restored.state), restored.host, restored.step
         if self.config.init_from.run is None:
-            params = self.setup.initial_params()
-        else:
-            params = self._donated()
-        return self.setup.initial_state(params), {}, 0
+            return self.setup.initial_state(self.setup.initial_params()), {}, 0
+        return self._donated(shapes)
 
-    def _donated(self) -> Any:
-        """Parameters of the run that `init_from` names.
+    def _donated(self, shapes: Any) -> tuple[Any, dict[str, Any], int]:
+        """As `_restore`, from the run that `init_from` names.
 
         Which step "the latest" was is kept, so that a start that was cut short before its first checkpoint begins again
         from the same weights, although the other run may have gone on.
         """
         source = self.config.init_from
+        directory = Path(source.run)
         before = self.directory.read_json("init_from.json") or {}
         step = before["step"] if before.get("run") == source.run and source.step is None else source.step
-        if source.convert is None:
-            params, step = runs.params_for(self.setup, Path(source.run), step)
+        if source.branches:
+            restored = runs.state_for(self.config.train.steps, shapes, directory, step)
+            step, what = restored.step, "parameters and optimizer state"
+            host = {"data": restored.host["data"]} if source.take == "all" else {}
+            found = self._counting_anew(restored.state), host, step
         else:
-            params, step = runs.converted_for(self.setup, Path(source.run), step)
+            taken = runs.params_for if source.convert is None else runs.converted_for
+            params, step = taken(self.setup, directory, step)
+            found, what = (self.setup.initial_state(params), {}, 0), "parameters"
         if processes.first():
             self.directory.write_json("init_from.json", {"run": source.run, "step": step})
-        self.notes.append(f"parameters come from {source.run} at step {step}")
-        return params
+        self.notes.append(f"{what} come from {source.run} at step {step}")
+        return found
+
+    def _counting_anew(self, state: Any) -> Any:
+        """Whoever starts a run again that halted on non-finite losses has seen why; it counts anew."""
+        if jax.device_get(state["guard"]["halted"]):
+            return state | {"guard": self.setup.put_scalars({"skipped": np.int32(0), "halted": np.bool_(False)})}
+        return state
 
     def _write_first_files(self, done: int) -> None:
         if not processes.first():

@@ -14,7 +14,7 @@ Problems = Iterator[tuple[str, str]]
 
 @options
 class InitFrom:
-    """Start from the weights of another run."""
+    """Start from the weights of another run, or branch off it."""
 
     run: str | None = option(None, "run directory whose parameters are loaded before step 1; None: a fresh start")
     step: int | None = option(None, "its checkpoint step; None: the latest good one", least=0)
@@ -24,11 +24,28 @@ class InitFrom:
         "how another model's parameters become this one's, as in trainer.convert; absent: they fit as they are",
         added="0.2",
     )
+    take: str = option(
+        "parameters",
+        "parameters: as initial ones, for a run of its own; optimizer: its state and the step as well, so that this run "
+        "branches off there and goes on to train.steps under its own schedule, on data from the beginning; all: the position "
+        "in the data as well",
+        among=("parameters", "optimizer", "all"),
+        added="0.2",
+    )
+
+    @property
+    def branches(self) -> bool:
+        """Whether the run goes on from the other one's step rather than from 0."""
+        return self.take != "parameters"
 
     def problems(self) -> Problems:
-        """There must be something to convert."""
+        """There must be something to convert, or to go on from."""
         if self.convert is not None and self.run is None:
             yield "convert", "there is no run to convert: give init_from.run"
+        if self.branches and self.run is None:
+            yield "take", "there is no run to branch off: give init_from.run"
+        if self.branches and self.convert is not None:
+            yield "take", "the optimizer's state is that of the other model: give parameters with init_from.convert"
 
 
 @options
@@ -197,6 +214,8 @@ class Config:
             yield "evaluate.batch_size", f"does not divide over mesh.data x mesh.fsdp = {devices} devices"
         if self.log.profile and self.log.profile[0] > self.train.steps:
             yield "log.profile", f"starts after the last step, {self.train.steps}"
+        if self.init_from.branches and self.init_from.step is not None and self.init_from.step >= self.train.steps:
+            yield "init_from.step", f"the run would branch off here, but ends at train.steps = {self.train.steps}"
         if self.init_from.convert is not None:
             asked = getattr(self.init_from.convert, "problems_in", lambda model: ())(self.model)
             yield from ((f"init_from.convert.{name}", message) for name, message in asked)

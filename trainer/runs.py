@@ -11,7 +11,7 @@ from flax import nnx
 
 from strata import ConfigError, StrataError
 from trainer import config as configuration
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint import Checkpointer, Restored
 from trainer.data.tokenizer import Tokenizer
 from trainer.options import Config, Mesh
 from trainer.setup import Setup, abstract_params, assemble, make_mesh
@@ -126,6 +126,32 @@ def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, in
     except StrataError as error:
         raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
     return params, step
+
+
+def state_for(steps: int, shapes: Any, directory: Path, step: int | None) -> Restored:
+    """Another run's checkpoint, for a run of `steps` updates that goes on from it: its whole state, laid out as `shapes` asks.
+
+    Raises:
+      ConfigError: the directory is no run, has no such checkpoint or one that is not before the end, or its state does not
+        fit; with every difference.
+    """
+    if not (directory / "config.json").is_file():
+        raise configuration_error(directory)
+    checkpointer = Checkpointer(directory / "checkpoints")
+    try:
+        restored = checkpointer.restore(shapes, step)
+    except StrataError as error:
+        raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
+    finally:
+        checkpointer.close()
+    if restored is None:
+        raise ConfigError(f"init_from.run = {str(directory)!r}: it has no checkpoint yet")
+    if restored.step >= steps:
+        raise ConfigError(
+            f"init_from.run: {directory} is at step {restored.step}, and this run ends at train.steps = {steps}: give more "
+            "steps or an earlier init_from.step"
+        )
+    return restored
 
 
 def converted_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import trainer
-from strata import ConfigError
+from strata import ConfigError, DataError
 from trainer import config as configuration
 from trainer import evaluate, loop, runs
 from trainer.checkpoint import Checkpointer
@@ -105,3 +105,64 @@ def test_another_run_starts_from_a_named_checkpoint(config, whole):
     assert step == 4
     trained = trainer.load(whole, "budget4").params
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True))
+
+
+def test_another_length_branches_off_the_stable_checkpoint_bit_for_bit(config, tmp_path):
+    """With a fixed decay of two updates, 4 and 8 steps share the first two."""
+    short, long = ({"name": "wsd", **DECAY, "decay": 2 / steps} for steps in (4, 8))
+    trainer.train(config(short, 4), tmp_path / "short")
+    trainer.train(config(long, 8), tmp_path / "long")
+    branch = {"run": str(tmp_path / "short"), "step": 2, "take": "all"}
+    trainer.train(config(long, 8, init_from=branch), tmp_path / "branch")
+    after = [row for row in rows(tmp_path / "long") if row["step"] > 2]
+    assert after and rows(tmp_path / "branch") == after
+    assert saved(tmp_path / "branch", 8) == saved(tmp_path / "long", 8)
+
+
+def test_a_branch_that_is_killed_before_its_first_checkpoint_begins_again_there(config, tmp_path, monkeypatch):
+    constant, keep = {"name": "constant"}, {"checkpoint": {"every": 0, "keep_latest": 9}}
+    trainer.train(config(constant, 3) | keep, tmp_path / "donor")
+    branch = config(constant, 6, init_from={"run": str(tmp_path / "donor"), "take": "all"})
+    trainer.train(branch, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(branch, tmp_path / "cut")
+    trainer.train(config(constant, 9) | keep, tmp_path / "donor")  # has gone on meanwhile
+    trainer.train(branch, tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole") and min(row["step"] for row in rows(tmp_path / "cut")) == 4
+    assert saved(tmp_path / "cut", 6) == saved(tmp_path / "whole", 6)
+
+
+def test_a_branch_may_go_on_with_other_data_from_its_beginning(config, tmp_path):
+    trainer.train(config({"name": "constant"}, 3), tmp_path / "donor")
+    donor = {"run": str(tmp_path / "donor")}
+    other = {"data__seed": 7}
+    with pytest.raises(DataError, match="belongs to other data"):
+        trainer.train(config({"name": "constant"}, 5, init_from=donor | {"take": "all"}, **other), tmp_path / "all")
+    trainer.train(config({"name": "constant"}, 5, init_from=donor | {"take": "optimizer"}, **other), tmp_path / "branch")
+    assert [row["step"] for row in rows(tmp_path / "branch", "train")] == [4, 5]
+    assert Checkpointer(tmp_path / "branch" / "checkpoints").steps() == [5]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"init_from": {"take": "all"}}, "there is no run to branch off"),
+        ({"init_from": {"run": "DONOR", "take": "all", "convert": {"name": "looped"}}}, "is that of the other model"),
+        ({"init_from": {"run": "DONOR", "take": "all", "step": 5}}, "would branch off here, but ends at train.steps = 5"),
+        ({"init_from": {"run": "DONOR", "take": "all"}, "train": {"steps": 3}}, "is at step 3, and this run ends at"),
+        ({"init_from": {"run": "DONOR", "take": "all", "step": 2}}, "Good steps here: 3"),
+        (
+            {"init_from": {"run": "DONOR", "take": "all"}, "optimizer": {"direction": {"name": "adamw"}}},
+            "does not fit this run",
+        ),
+        ({"init_from": {"run": "none", "take": "all"}}, "does not exist"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused_with_the_reason(config, folder, tmp_path, changes, message):
+    if not (folder / "donor").exists():
+        trainer.train(config({"name": "constant"}, 3), folder / "donor")
+    wanted = config({"name": "constant"}, 5) | json.loads(json.dumps(changes).replace("DONOR", str(folder / "donor")))
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(wanted, tmp_path / "run")
