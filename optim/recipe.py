@@ -141,6 +141,8 @@ def build(
         of_group = Group({path: declared[path] for path in members[rule.name]}, declared)
         direction = optax.with_extra_args_support(rule.direction(of_group))
         directions[rule.name] = Freezable(direction, of_group, sampling) if sampling else direction
+        if sampling:
+            directions[rule.name].check(rule.name)
     decay = {path: rule.decay_of(declared[path]) for path, rule in chosen.items()}
 
     def own(leaves: dict[str, Any], group: str) -> dict[str, Any]:

@@ -123,7 +123,9 @@ def _momentum(arrays: Any, path: str) -> str | None:
     """Where a checkpoint keeps the running mean of a parameter's gradient."""
     for name in MOMENTA:
         for place in arrays:
-            if place.startswith("optimizer/directions/") and place.endswith(f"/{name}/{path}"):
+            # A transformation of optax has the state of each parameter apart.
+            apart = f"/{path}/" in place and place.endswith(f"/{name}")
+            if place.startswith("optimizer/directions/") and (apart or place.endswith(f"/{name}/{path}")):
                 return place
     return None
 

@@ -47,6 +47,12 @@ class Optax:
     weight_decay: float = option(0.0, "decoupled, times the rate", least=0)
     decay_roles: tuple[str, ...] = option(("matrix",), "parameter roles that are decayed", among=ROLES)
     schedule: object = part("optimizer.schedule", None, _schedule_help)
+    per_layer: bool = option(
+        True,
+        "each layer of a stacked parameter is transformed by itself, so that norms and other statistics are a layer's; false: "
+        "the whole tree at once, stacks as they are stored, for what looks across parameters, such as a global norm",
+        added="0.2",
+    )
 
     def problems(self) -> Problems:
         """A module and a name in it; what JAX must be loaded for is checked when the optimizer is built."""

@@ -31,6 +31,15 @@ class Optimizer:
         """Every schedule of the recipe by the field that holds it, the common one first."""
         yield from ((path, chosen) for path, chosen in self.parts() if type(chosen).kind == "optimizer.schedule")
 
+    def problems(self) -> Problems:
+        """Layer sampling updates some layers and not others, so none may see another."""
+        for path, chosen in self.parts() if self.sampling is not None else ():
+            if getattr(chosen, "per_layer", True) is False:
+                message = (
+                    f"under {self.sampling.name} an update would depend on which layers were drawn beside it; leave it true"
+                )
+                yield f"{path}.per_layer", message
+
     @property
     def depends_on_steps(self) -> bool:
         """Whether any part looks at the length of the run, so that a longer run is another one."""

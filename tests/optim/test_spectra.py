@@ -62,6 +62,11 @@ def test_a_law_that_rises_is_printed_as_the_constant_that_fits_best(capsys):
     assert f"query@mid={2 * 1e7**0.2:.6g},0.0000" in capsys.readouterr().out
 
 
+def test_the_momentum_of_a_transformation_of_optax_lies_under_its_parameter():
+    arrays = ["optimizer/directions/all/blocks.up/nu", "optimizer/directions/all/blocks.up/mu", "params/blocks.up/mu"]
+    assert spectra._momentum(arrays, "blocks.up") == arrays[1] and spectra._momentum(arrays, "blocks.down") is None
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     import trainer
