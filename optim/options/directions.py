@@ -92,6 +92,14 @@ class Orthogonalized:
         if getattr(self.rest, "matrices_only", False):
             label = {"muon": "Muon", "normuon": "NorMuon"}[self.rest.name]
             yield "rest.name", f"{label} is for matrices; embeddings, heads and norms need another direction, such as adamw"
+        decay, roles = getattr(self.rest, "weight_decay", 0), getattr(self.rest, "decay_roles", ROLES)
+        # The default, which is for a direction of all parameters, stands for a rest without decay.
+        if decay and decay != type(self.rest)().weight_decay and set(roles) <= {"matrix"}:
+            yield (
+                "rest.weight_decay",
+                f"it reaches no parameter: rest.decay_roles = {list(roles)}, and matrices have a weight_decay of their own; "
+                "name other roles there, such as ['embedding', 'head'], or leave it out",
+            )
         if self.newton_schulz is not None:
             for name, default in (("coefficients", "jordan"), ("iterations", None), ("triples", ())):
                 if getattr(self, name) != default:

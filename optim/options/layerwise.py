@@ -102,6 +102,7 @@ class AlphaDecay(HeavyTail, Spread):
         True, "first and last layer too; as released only the first linear layer keeps the base decay, and the head"
     )
     depends_on_steps = False
+    of_decay = True
 
 
 @register("optimizer.layerwise", "by_type", implementation="optim.layerwise.by_type:by_type")

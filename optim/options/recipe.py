@@ -32,13 +32,18 @@ class Optimizer:
         yield from ((path, chosen) for path, chosen in self.parts() if type(chosen).kind == "optimizer.schedule")
 
     def problems(self) -> Problems:
-        """Layer sampling updates some layers and not others, so none may see another."""
+        """Under layer sampling no layer sees another, and what multiplies the decay needs one."""
         for path, chosen in self.parts() if self.sampling is not None else ():
             if getattr(chosen, "per_layer", True) is False:
                 message = (
                     f"under {self.sampling.name} an update would depend on which layers were drawn beside it; leave it true"
                 )
                 yield f"{path}.per_layer", message
+        decay, roles = getattr(self.direction, "weight_decay", None), getattr(self.direction, "decay_roles", ("matrix",))
+        if getattr(self.layerwise, "of_decay", False) and decay is not None and (not decay or "matrix" not in roles):
+            name, wanted = ("decay_roles", "name 'matrix' there") if decay else ("weight_decay", "set it above 0")
+            message = f"{self.layerwise.name} multiplies the weight decay of matrices, and no matrix decays: {wanted}"
+            yield f"direction.{name}", message
 
     @property
     def depends_on_steps(self) -> bool:

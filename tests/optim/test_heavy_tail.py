@@ -238,6 +238,20 @@ def test_alpha_decay_moves_decays_and_no_rates():
     np.testing.assert_allclose(moved["up"], -shrink * params["up"], rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("direction", "field"),
+    [
+        ({"name": "muon"}, "weight_decay = 0"),
+        ({"name": "adamw", "weight_decay": 0.0}, "weight_decay = 0"),
+        ({"name": "adamw", "decay_roles": ["embedding"]}, "decay_roles"),
+    ],
+)
+def test_alpha_decay_without_a_decay_of_matrices_is_refused(direction, field):
+    with pytest.raises(ConfigError, match=f"(?s)optimizer.direction.{field}.*no matrix decays"):
+        optim.build(setting({"name": "alpha_decay"}) | {"direction": direction}, Spectra())
+    optim.build(setting({"name": "alpha_decay"}) | {"direction": {"name": "muon", "weight_decay": 0.01}}, Spectra())
+
+
 def test_rates_within_a_layer_fill_the_range_in_every_layer():
     rate = rates_after(run(setting({"name": "llr", "within": "layer", "ramp": 0, "adapt": 1.0}), 1))[0]
     for layer in range(3):
