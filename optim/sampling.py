@@ -39,24 +39,9 @@ class Cuts:
         return tuple(i * self.depth // self.options.buckets for i in range(self.options.buckets))
 
     def probabilities(self, step: int) -> np.ndarray:
-        """Probability of each cut of `first` in update `step`, float64 [buckets].
-
-        uniform: equal. shifted: proportional to exp(shift ((1 - p)(b - 1 - i) + p i)) with p from 0 at the first update to 1
-        at the last. optimal: layer i is active with probability max_{j<=i} L_j / max L, which for a smoothness L that grows
-        with depth minimises (max_i L_i / p_i) sum_i p_i c_i; derived, the paper's theorem was not read. full: always cut 0.
-        """
-        count, name = self.options.buckets, self.options.distribution
-        if name == "uniform":
-            return np.full(count, 1 / count)
-        if name == "full":
-            return np.eye(count)[0]
-        if name == "optimal":
-            active = np.maximum.accumulate(self.options.smoothness) / max(self.options.smoothness)
-            return np.diff(active, prepend=0.0)
+        """Probability of each cut of `first` in update `step`, float64 [buckets]; see `options.DropMuon.probabilities`."""
         progress = 0.0 if self.steps is None or self.steps < 2 else min((step - 1) / (self.steps - 1), 1.0)
-        i = np.arange(count)
-        weight = np.exp(self.options.shift * ((1 - progress) * (count - 1 - i) + progress * i))
-        return weight / weight.sum()
+        return np.array(self.options.probabilities(progress))
 
     def cut(self, step: int, seed: int) -> int:
         """The first active layer of update `step`, the first update being 1. Equal on every host and after every restart."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,11 +58,18 @@ class Optimizer:
         return bool(getattr(self.layerwise, "needs_second_gradient", False))
 
     def problems_over(self, steps: int) -> Problems:
-        """What cannot work in a run of `steps` updates."""
+        """What cannot work in a run of `steps` updates; of its lowest layers as many as are expected under layer sampling."""
+        activity = getattr(self.sampling, "least_activity", 1.0)
         for path, chosen in self.parts():
             if hasattr(chosen, "problems_over"):
-                for name, message in chosen.problems_over(steps):
-                    yield f"{path}.{name}", message
+                sampled = type(chosen).kind == "optimizer.newton_schulz" and activity < 1
+                for name, message in chosen.problems_over(math.floor(activity * steps + 1e-9) if sampled else steps):
+                    why = (
+                        f"; {self.sampling.name} updates the lowest layers in {activity:.0%} of {steps} steps"
+                        if sampled
+                        else ""
+                    )
+                    yield f"{path}.{name}", message + why
 
     def milestones(self, steps: int) -> dict[int, str]:
         """Updates after which the state is worth keeping under a name, by every schedule of the recipe.

@@ -329,6 +329,9 @@ def test_a_state_of_choices_can_be_donated(planted):
         ({"candidates": ["jordan5", "jordan3"]}, "order of their steps"),
         ({"laws": ["up=1,2"]}, "kind@bucket=c,alpha"),
         ({"laws": ["up@mid=1"]}, "kind@bucket=c,alpha"),
+        ({"laws": ["up@mid=inf,0.2"]}, "kind@bucket=c,alpha"),
+        ({"laws": ["up@mid=1,inf"]}, "kind@bucket=c,alpha"),
+        ({"laws": ["up@mid=1,nan"]}, "kind@bucket=c,alpha"),
         ({"laws": ["uo@*=1.0,0.0"]}, "kind@bucket=c,alpha, with one of query"),
     ],
 )
@@ -345,6 +348,22 @@ def test_a_choice_that_nothing_is_measured_for_or_no_run_reaches_is_refused():
     assert not list(optimizer.problems_over(30))
     ((path, message),) = optimizer.problems_over(29)
     assert path == "direction.newton_schulz.choose_at" and "ends before the choice" in message
+
+
+def test_a_choice_counts_the_updates_of_the_lowest_layers_under_layer_sampling():
+    direction = {"name": "muon", "newton_schulz": {"name": "measured", "choose_at": 30}}
+
+    def problems(steps, **sampling):
+        config = {"direction": direction, "sampling": {"name": "drop_muon", "buckets": 4, **sampling}, "schedule": constant}
+        return list(resolve(Optimizer, config)[0].problems_over(steps))
+
+    assert not problems(120) and not problems(30, distribution="full")
+    ((path, message),) = problems(119)
+    assert path == "direction.newton_schulz.choose_at" and "29 updates" in message and "25% of 119 steps" in message
+    assert problems(59, distribution="optimal", smoothness=[1.0, 2.0, 2.0, 2.0])
+    assert not problems(60, distribution="optimal", smoothness=[1.0, 2.0, 2.0, 2.0])
+    # Shifted draws cut 0 in 0.46 of the first updates and 0.10 of the last.
+    assert problems(110, distribution="shifted") and not problems(122, distribution="shifted")
 
 
 @pytest.mark.parametrize("field", [{"coefficients": "you6"}, {"iterations": 3}, {"triples": [2.0, -1.5, 0.5]}])
