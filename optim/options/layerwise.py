@@ -112,8 +112,8 @@ class ByType:
 
     norm: float = option(1.0, "vectors, scalars, and factors", above=0)
     query_key: float = option(8.0, "query and key matrices", above=0)
-    value_output: float = option(4.0, "value and output matrices", above=0)
-    mlp: float = option(6.0, "gate, up and down matrices", above=0)
+    value_output: float = option(4.0, "value and output matrices, and output gates of mixers", above=0)
+    mlp: float = option(6.0, "gate, up and down matrices of the MLP", above=0)
     outer: float = option(10.0, "embedding, head and tables", above=0)
     kinds: tuple[str, ...] = option((), "more patterns path=kind, before the built-in ones; fnmatch over dotted paths")
     depends_on_steps = False

@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 import optim
+from optim.directions.layer_aware import predicted_choices
 from optim.layerwise.heavy_tail import assign
 from optim.layerwise.spectrum import quantile_index, spectral_quantile
-from optim.options import LLR, ByType, TempBalance
+from optim.options import LLR, ByType, Predicted, TempBalance
+from optim.roles import parameters
 from strata import ConfigError
 
 constant = {"name": "constant"}
@@ -267,6 +269,19 @@ def test_fixed_multipliers_by_type_reach_the_table_and_the_update():
     before = nnx.to_pure_dict(nnx.state(Spectra(), nnx.Param))
     for path, factor in rows.items():
         np.testing.assert_allclose(with_rates[path] - before[path], factor * (plain[path] - before[path]), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", ["gla", "gated_delta_net", "retention", "simple_gla"])
+def test_the_output_gate_of_a_mixer_is_none_of_the_mlp(mixer):
+    import models
+
+    model = models.abstract({"width": 16, "layers": 2, "heads": 2, "mixer": {"name": mixer}}, vocab_size=11)
+    rows = {row.path: row for row in optim.assignment({"layerwise": {"name": "by_type"}, "schedule": constant}, model)}
+    by_site = {path.split(".", 2)[-1]: (row.layerwise, row.learning_rate_multiplier) for path, row in rows.items()}
+    assert by_site["mixer.gate.kernel"] == ("by_type output_gate", 4.0) and by_site["ffn.gate.kernel"] == ("by_type gate", 6.0)
+    choices = predicted_choices(Predicted(model_size=10**11), parameters(model))
+    own = {path.split(".", 2)[-1]: choice for path, choice in choices.items()}
+    assert own["mixer.gate.kernel"] == own["mixer.value.kernel"] != own["ffn.gate.kernel"]
 
 
 def test_the_assignment_says_how_multipliers_come_about():
