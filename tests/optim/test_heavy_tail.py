@@ -287,12 +287,25 @@ def test_the_output_gate_of_a_mixer_is_none_of_the_mlp(mixer):
 def test_the_assignment_says_how_multipliers_come_about():
     rows = {row.path: row.layerwise for row in optim.assignment(setting({"name": "llr"}), Spectra())}
     assert rows["up"] == "llr of rate, 1 to 5" and rows["embedding"] == "llr most" and rows["gain"] == "llr least"
+    rows = {row.path: row.layerwise for row in optim.assignment(setting({"name": "llr", "assign": "sqrt"}), Spectra())}
+    assert rows["up"] == "llr of rate, sqrt of alpha" and rows["embedding"] == "llr most" and rows["gain"] == "llr 1"
+
+
+@pytest.mark.parametrize("name", ["sqrt", "log2", "sigmoid"])
+def test_a_map_around_one_leaves_the_rest_at_one(name):
+    rate = rates_after(run(setting({"name": "llr", "assign": name, "ramp": 0, "adapt": 1.0}), 1))[0]
+    measured = np.concatenate([rate["up"], rate["down"]])
+    assert measured.min() < 1 < measured.max()
+    np.testing.assert_array_equal(rate["gain"], 1.0)
+    assert float(rate["embedding"]) == pytest.approx(measured.max())
 
 
 @pytest.mark.parametrize(
     ("layerwise", "sentence"),
     [
         ({"name": "llr", "least": 2.0, "most": 1.0}, "optimizer.layerwise.least.*above most"),
+        ({"name": "llr", "assign": "sigmoid", "most": 3.0}, "optimizer.layerwise.most.*'sigmoid' does not use it"),
+        ({"name": "temp_balance", "assign": "sqrt", "least": 0.9}, "optimizer.layerwise.least.*'sqrt' does not use it"),
         ({"name": "by_type", "kinds": ["up:up"]}, "not of the form"),
         ({"name": "by_type"}, "no pattern says which kind of matrix"),
         ({"name": "by_type", "kinds": ["up=up", "down=up", "*.nothing=up"]}, "fits no matrix"),
