@@ -43,6 +43,11 @@ class Cuts:
         progress = 0.0 if self.steps is None or self.steps < 2 else min((step - 1) / (self.steps - 1), 1.0)
         return np.array(self.options.probabilities(progress))
 
+    @property
+    def average(self) -> np.ndarray:
+        """Probability of each cut of `first` over the whole run, float64 [buckets]."""
+        return np.array(self.options.average)
+
     def cut(self, step: int, seed: int) -> int:
         """The first active layer of update `step`, the first update being 1. Equal on every host and after every restart."""
         draw = np.random.default_rng((STREAM, seed, step)).random()

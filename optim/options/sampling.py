@@ -53,10 +53,15 @@ class DropMuon:
         return [weight / sum(weights) for weight in weights]
 
     @property
+    def average(self) -> list[float]:
+        """Probability of each cut over the whole run."""
+        every = [self.probabilities((i + 0.5) / 100) for i in range(100)]
+        return [sum(of_cut) / len(every) for of_cut in zip(*every, strict=True)]
+
+    @property
     def least_activity(self) -> float:
         """Share of a run's updates in which the lowest layers, active at cut 0 alone, are expected to be."""
-        points = [(i + 0.5) / 100 for i in range(100)]
-        return sum(self.probabilities(progress)[0] for progress in points) / len(points)
+        return self.average[0]
 
     @property
     def depends_on_steps(self) -> bool:
