@@ -55,10 +55,8 @@ class Cuts:
         return self.first[min(bucket, self.options.buckets - 1)]
 
     def frozen(self, parameter: Parameter, cut: int) -> int:
-        """How many of a parameter's layers are frozen, counted from the first; of one without a layer axis, 0 or 1."""
-        if parameter.positions:
-            return sum(place < cut for place in parameter.positions)
-        return int(cut > 0 and parameter.role in ("embedding", "table"))
+        """As `frozen_rows`."""
+        return frozen_rows(parameter, cut)
 
     def describe(self, parameter: Parameter) -> str:
         """In words, which draws update a parameter at the start of the run."""
@@ -98,6 +96,13 @@ class Cuts:
     def ceiling_beside(self, fixed: float) -> float:
         """The ceiling where the share `fixed` of a full step, such as the head's, is done in every step."""
         return 1 / ((1 - fixed) / self.ceiling + fixed)
+
+
+def frozen_rows(parameter: Parameter, cut: int) -> int:
+    """How many of a parameter's layers a cut freezes, counted from the first; of one without a layer axis, 0 or 1."""
+    if parameter.positions:
+        return sum(place < cut for place in parameter.positions)
+    return int(cut > 0 and parameter.role in ("embedding", "table"))
 
 
 def drop_muon(options: DropMuon, declared: Mapping[str, Parameter], steps: int | None) -> Cuts:
