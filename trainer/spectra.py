@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
 
     if arguments.last < 1:
         raise ConfigError(f"--last = {arguments.last}: expected at least 1")
+    if arguments.out and (arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir()):
+        raise ConfigError(f"--out = {arguments.out}: expected a file in a directory that exists")
     found = [measure(run, arguments.last, arguments.kinds, arguments.until) for run in arguments.runs]
     laws = fits(found)
     show(found, laws)

@@ -124,3 +124,10 @@ def test_what_is_no_run_and_what_matches_nothing_are_refused(run, tmp_path):
         spectra.measure(run, kinds=["*.nothing=up"])
     with pytest.raises(ConfigError, match="--last"):
         spectra.main([str(run), "--last", "0"])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(spectra, "measure", None)
+    for out in (tmp_path / "missing" / "laws.json", tmp_path):
+        with pytest.raises(ConfigError, match="--out = .*a directory that exists"):
+            spectra.main([str(tmp_path), "--out", str(out)])
