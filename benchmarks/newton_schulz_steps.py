@@ -4,9 +4,10 @@
     python -m benchmarks.newton_schulz_steps --pairs 0 --steps 0        # the table alone
 
 The table takes GPT-style models of width 512 (M / 77 M)^0.44, as the sizes of arXiv:2606.04058 follow, and the laws and
-thresholds of `optim.directions`; FLOPs are of the form of the iteration that runs, on an accelerator in bfloat16. It says what
-the laws imply, not what training needs. The timing is of one update of a small model's matrices with the steps that the table
-gives for a size, against five for all.
+thresholds of `optim.directions`; FLOPs are of the form of the iteration that runs, on an accelerator in bfloat16, or in
+float32 where bfloat16 would round away the values that a configuration is chosen for. Two columns count a FLOP of the latter as
+`FLOAT32_PRICE` of bfloat16: peaks, not measured. It says what the laws imply, not what training needs. The timing is of one
+update of a small model's matrices with the steps that the table gives for a size, against five for all.
 
 Then `configs/tiny.py` (other sizes with `--set`) trains three times side by side (`benchmarks.fixed_loss`): five steps for all,
 as the laws predict for its size, and as measured. Told are the steps in use at the end, and FLOPs of Newton-Schulz and time to
@@ -23,6 +24,9 @@ from benchmarks.measure import Patience, overrides, parser, show, shown_ratio, s
 
 SIZES = (77e6, 354e6, 1e9, 2.8e9, 10e9, 30e9, 100e9, 300e9)
 UNIFORM = 5
+# A float32 product of full precision in bfloat16 ones: six passes of Precision.HIGHEST on TPU; on H100 and H200 SXM the dense
+# peaks of the data sheet, 989.4 over 67 TFLOP/s, since the iteration asks for full precision and not for TF32.
+FLOAT32_PRICE = {"TPU": 6.0, "H200": 989.4 / 67}
 STEPS_OF = "optimizer.direction.newton_schulz"
 
 
@@ -56,29 +60,37 @@ def predicted(size: float) -> dict[str, Any]:
     """Steps of every matrix of a model of this size, and what they cost."""
     from optim.directions.layer_aware import predicted_choices
     from optim.directions.newton_schulz import flops
-    from optim.directions.thresholds import configuration
+    from optim.directions.thresholds import configuration, needs_float32
     from optim.options import Predicted
 
     width, layers = shape_of(size)
     chosen = Predicted(model_size=int(size))
-    lengths = [len(configuration(name)) for name in chosen.candidates]
+    lengths = {name: len(configuration(name)) for name in chosen.candidates}
     parameters = declared(width, layers)
     choices = predicted_choices(chosen, parameters)
-    steps = {path: [lengths[i] for i in own] for path, own in choices.items()}
+    own = [(parameters[path].shape[1:], chosen.candidates[i]) for path, rows in choices.items() for i in rows]
+    most = max((name for _, name in own), key=lengths.__getitem__)
 
-    def total(of: Any) -> float:
-        return sum(flops(*parameters[path].shape[1:], of(k), "bfloat16") for path, own in steps.items() for k in own)
+    def total(of: Any, price: float = 1.0) -> float:
+        """FLOPs with the configuration that `of` gives for each, those in float32 at a price."""
+        found = 0.0
+        for shape, name in own:
+            wide = needs_float32(of(name), chosen.accept, *shape)
+            found += flops(*shape, lengths[of(name)], "float32" if wide else "bfloat16") * (price if wide else 1)
+        return found
 
-    most = max(k for own in steps.values() for k in own)
+    five = total(lambda name: f"jordan{UNIFORM}")
     return {
         "size": size,
         "width": width,
         "layers": layers,
-        "steps": dict(sorted(Counter(k for own in steps.values() for k in own).items())),
-        "flops": total(lambda k: k),
-        "over_five": total(lambda k: k) / total(lambda k: UNIFORM),
-        "over_most": total(lambda k: k) / total(lambda k: most),
-        "most": most,
+        "steps": dict(sorted(Counter(lengths[name] for _, name in own).items())),
+        "float32": sum(needs_float32(name, chosen.accept, *shape) for shape, name in own),
+        "flops": total(lambda name: name),
+        "over_five": total(lambda name: name) / five,
+        "over_most": total(lambda name: name) / total(lambda name: most),
+        "priced_over_five": {device: total(lambda name: name, price) / five for device, price in FLOAT32_PRICE.items()},
+        "most": lengths[most],
     }
 
 
@@ -87,17 +99,15 @@ def timing(size: float, width: int, layers: int, pairs: int, count: int, patienc
     import jax
 
     from optim.directions.layer_aware import grouped, predicted_choices
-    from optim.directions.thresholds import configuration
     from optim.options import Predicted
 
     chosen = Predicted(model_size=int(size))
-    candidates = [configuration(name) for name in chosen.candidates]
     choices = predicted_choices(chosen, declared(width, layers))
     five = {path: (chosen.candidates.index("jordan5"),) * layers for path in choices}
     x = {path: jax.random.normal(jax.random.key(i), declared(width, layers)[path].shape) for i, path in enumerate(choices)}
 
     def runner(rows: Any) -> Any:
-        compiled = jax.jit(lambda x: grouped(x, rows, candidates))
+        compiled = jax.jit(lambda x: grouped(x, rows, chosen.candidates, accept=chosen.accept))
         return lambda: jax.block_until_ready(compiled(x))
 
     own, uniform = runner(choices), runner(five)
@@ -212,14 +222,22 @@ def main(argv: list[str] | None = None) -> None:
             f"{found['size'] / 1e9:g} B",
             f"{found['width']} x {found['layers']}",
             ", ".join(f"{count} x {k}" for k, count in found["steps"].items()),
+            str(found["float32"]),
             f"{found['flops']:.3g}",
             f"{found['over_five']:.2f}",
+            *(f"{priced:.2f}" for priced in found["priced_over_five"].values()),
             f"{found['over_most']:.2f} of {found['most']}",
         ]
         for found in table
     ]
-    columns = ["size", "width x layers", "matrices x steps", "FLOPs an update", "over five steps", "over the most steps"]
-    show("steps that the laws give", columns, rows, ["exponents second hand, most constants assumed: see docs"])
+    priced = [f"on {device}" for device in FLOAT32_PRICE]
+    columns = ["size", "width x layers", "matrices x steps", "float32", "FLOPs", "over five", *priced, "over the most"]
+    prices = ", ".join(f"{price:.3g} on {device}" for device, price in FLOAT32_PRICE.items())
+    notes = [
+        "exponents second hand, most constants assumed: see docs",
+        f"float32: matrices that leave bfloat16 on an accelerator; a FLOP of theirs counts as {prices}, by peaks",
+    ]
+    show("steps that the laws give, FLOPs of an update", columns, rows, notes)
     result: dict[str, Any] = {"table": table, "timing": []}
     patience = Patience(chosen.patience)
     for size in (77e6, 10e9) if chosen.pairs else ():

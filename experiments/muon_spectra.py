@@ -354,7 +354,8 @@ def claims() -> list[Claim]:
 def get_experiment() -> Experiment:
     """Three headline arms and the work of each; seven sizes and their laws."""
     muon = {"name": "muon", "learning_rate": 0.02, "rest": {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.0}}
-    rest = {"name": "adamw", "learning_rate": 0.002, "weight_decay": 0.01}
+    decayed = ["embedding", "head", "vector", "scalar", "table"]  # the paper's AdamW decays all that Muon does not serve [S]
+    rest = {"name": "adamw", "learning_rate": 0.002, "weight_decay": 0.01, "decay_roles": decayed}
     papers = {"name": "muon", "learning_rate": 0.01, "nesterov": False, "weight_decay": 0.01, "rest": rest}
     ours = GPT | {"optimizer.direction": muon}
     return Experiment(

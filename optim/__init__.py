@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optim.directions.normuon import scale_by_normuon as scale_by_normuon
     from optim.directions.sgd import sgd as sgd
     from optim.layerwise.spectrum import hill_alpha as hill_alpha
+    from optim.recipe import active_rows as active_rows
     from optim.recipe import build as build
     from optim.recipe import cuts as cuts
     from optim.recipe import global_norm as global_norm
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _homes = {
     "Assignment": "optim.rules",
     "RateTable": "optim.schedules",
+    "active_rows": "optim.recipe",
     "adamw": "optim.directions.adamw",
     "assignment": "optim.rules",
     "average": "optim.averaging",

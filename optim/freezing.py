@@ -11,6 +11,9 @@ import optax
 
 from optim.roles import Parameter
 from optim.sampling import Cuts
+from strata import ConfigError, Problem
+
+_source = "the optimizer's layer sampling"
 
 
 class Freezable:
@@ -67,6 +70,41 @@ class Freezable:
                 moved[path].append(leaf)
         joined = {path: parts[0] if len(parts) == 1 else jnp.concatenate(parts) for path, parts in moved.items()}
         return joined, state
+
+    def check(self, name: str) -> None:
+        """That the state of no layer mixes with another's, tried on shapes at the first cut and one in the middle.
+
+        Args:
+          name: of the group, for the message.
+
+        Raises:
+          ConfigError: an update fails, or changes the shape of the state.
+        """
+        example = {path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for path, p in self.declared.items()}
+        first = self.cuts.first
+        for cut in sorted({first[min(1, len(first) - 1)], first[len(first) // 2]}):
+
+            def active(whole: Mapping[str, Any], cut: int = cut) -> dict[str, Any]:
+                frozen = {path: self.cuts.frozen(parameter, cut) for path, parameter in self.declared.items()}
+                return {
+                    path: self._rows(whole[path], path, frozen[path], parameter.layers)
+                    for path, parameter in self.declared.items()
+                    if frozen[path] < parameter.layers
+                }
+
+            try:
+                before, moving = jax.eval_shape(self.init, example), jax.eval_shape(active, example)
+                _, after = jax.eval_shape(lambda g, s, cut=cut: self.update(g, s, g, cut), moving, before)
+                kept = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), before, after)
+                fault = "" if all(jax.tree.leaves(kept)) else "its state changes shape"
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}".splitlines()[0]
+            if fault:
+                message = (
+                    f"the direction of group {name!r} cannot leave the layers below {cut} out: {fault}. Arrays of its state "
+                    "must stand under their parameter with the layers on the first axis, or belong to no parameter"
+                )
+                raise ConfigError([Problem("optimizer.sampling.name", message, self.cuts.options.name)], source=_source)
 
     def _slabs(self, state: Any, cut: int) -> list[tuple[int, dict[str, tuple[int, int]]]]:
         """Buckets with the rows that each updates: one call for all of them where nothing is counted."""

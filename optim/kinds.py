@@ -1,4 +1,4 @@
-"""Which kind of matrix a parameter is: query, key, value, output, gate, up or down.
+"""Which kind of matrix a parameter is: query, key, value, output, output_gate (of a mixer), gate, up or down.
 
 Kinds are matched by patterns over dotted paths, written `pattern=kind` (fnmatch), the user's before the built-in ones. The
 first that fits counts; a pattern of the user's that fits nothing is refused, and so is a matrix that none fits.

@@ -17,7 +17,7 @@ from optim.layerwise.multipliers import LayerwiseState, Seen, along, layerwise_o
 from optim.options import Optimizer
 from optim.roles import Parameter, by_path, like, parameters
 from optim.rules import Group, Rule, assign, resolved, rules_of
-from optim.sampling import Cuts, layer_cuts
+from optim.sampling import Cuts, frozen_rows, layer_cuts
 from optim.schedules import Multiplier, RateTable, multiplier_of
 
 
@@ -141,6 +141,8 @@ def build(
         of_group = Group({path: declared[path] for path in members[rule.name]}, declared)
         direction = optax.with_extra_args_support(rule.direction(of_group))
         directions[rule.name] = Freezable(direction, of_group, sampling) if sampling else direction
+        if sampling:
+            directions[rule.name].check(rule.name)
     decay = {path: rule.decay_of(declared[path]) for path, rule in chosen.items()}
 
     def own(leaves: dict[str, Any], group: str) -> dict[str, Any]:
@@ -279,6 +281,19 @@ def _scaled(value: Any, multiplier: jax.Array | None, leaf: jax.Array, frozen: i
     if multiplier is None:
         return value
     return value * along(multiplier[frozen:] if multiplier.ndim and frozen else multiplier, leaf)
+
+
+def active_rows(gradients: Any, model: nnx.Module | nnx.State, cut: int) -> dict[str, jax.Array]:
+    """The gradients that an update with a cut uses, by dotted path: whole, or the rows from the first active layer on.
+
+    Args:
+      gradients: of every parameter.
+      model: as in `build`.
+      cut: the first active layer; 0: all.
+    """
+    declared = parameters(model)
+    frozen = {path: frozen_rows(parameter, cut) for path, parameter in declared.items()}
+    return _active(_flat(gradients, declared, "gradients"), declared, frozen)
 
 
 def global_norm(tree: Any) -> jax.Array:

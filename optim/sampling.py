@@ -39,24 +39,14 @@ class Cuts:
         return tuple(i * self.depth // self.options.buckets for i in range(self.options.buckets))
 
     def probabilities(self, step: int) -> np.ndarray:
-        """Probability of each cut of `first` in update `step`, float64 [buckets].
-
-        uniform: equal. shifted: proportional to exp(shift ((1 - p)(b - 1 - i) + p i)) with p from 0 at the first update to 1
-        at the last. optimal: layer i is active with probability max_{j<=i} L_j / max L, which for a smoothness L that grows
-        with depth minimises (max_i L_i / p_i) sum_i p_i c_i; derived, the paper's theorem was not read. full: always cut 0.
-        """
-        count, name = self.options.buckets, self.options.distribution
-        if name == "uniform":
-            return np.full(count, 1 / count)
-        if name == "full":
-            return np.eye(count)[0]
-        if name == "optimal":
-            active = np.maximum.accumulate(self.options.smoothness) / max(self.options.smoothness)
-            return np.diff(active, prepend=0.0)
+        """Probability of each cut of `first` in update `step`, float64 [buckets]; see `options.DropMuon.probabilities`."""
         progress = 0.0 if self.steps is None or self.steps < 2 else min((step - 1) / (self.steps - 1), 1.0)
-        i = np.arange(count)
-        weight = np.exp(self.options.shift * ((1 - progress) * (count - 1 - i) + progress * i))
-        return weight / weight.sum()
+        return np.array(self.options.probabilities(progress))
+
+    @property
+    def average(self) -> np.ndarray:
+        """Probability of each cut of `first` over the whole run, float64 [buckets]."""
+        return np.array(self.options.average)
 
     def cut(self, step: int, seed: int) -> int:
         """The first active layer of update `step`, the first update being 1. Equal on every host and after every restart."""
@@ -65,10 +55,8 @@ class Cuts:
         return self.first[min(bucket, self.options.buckets - 1)]
 
     def frozen(self, parameter: Parameter, cut: int) -> int:
-        """How many of a parameter's layers are frozen, counted from the first; of one without a layer axis, 0 or 1."""
-        if parameter.positions:
-            return sum(place < cut for place in parameter.positions)
-        return int(cut > 0 and parameter.role in ("embedding", "table"))
+        """As `frozen_rows`."""
+        return frozen_rows(parameter, cut)
 
     def describe(self, parameter: Parameter) -> str:
         """In words, which draws update a parameter at the start of the run."""
@@ -108,6 +96,13 @@ class Cuts:
     def ceiling_beside(self, fixed: float) -> float:
         """The ceiling where the share `fixed` of a full step, such as the head's, is done in every step."""
         return 1 / ((1 - fixed) / self.ceiling + fixed)
+
+
+def frozen_rows(parameter: Parameter, cut: int) -> int:
+    """How many of a parameter's layers a cut freezes, counted from the first; of one without a layer axis, 0 or 1."""
+    if parameter.positions:
+        return sum(place < cut for place in parameter.positions)
+    return int(cut > 0 and parameter.role in ("embedding", "table"))
 
 
 def drop_muon(options: DropMuon, declared: Mapping[str, Parameter], steps: int | None) -> Cuts:

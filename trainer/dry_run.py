@@ -88,11 +88,13 @@ def _work(setup: Setup) -> list[str]:
     config = setup.config
     flops = training_flops(setup.model, config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
+    expected = flops.expected(setup.cuts)
+    sampled = f" ({expected / flops.per_token:.3f} of a full one on average)" if setup.cuts else ""
     lines = [
         f"work: {flops.per_token / 1e6:,.2f} MFLOP a token ({flops.per_token_full / 1e6:,.2f} without the causal half): "
         f"{FORMULA}",
-        f"      {flops.per_token * tokens / 1e9:,.2f} GFLOP a step of {tokens:,} tokens; "
-        f"{flops.per_token * tokens * config.train.steps:.3g} FLOP for {tokens * config.train.steps:,} tokens in "
+        f"      {expected * tokens / 1e9:,.2f} GFLOP a step of {tokens:,} tokens{sampled}; "
+        f"{expected * tokens * config.train.steps:.3g} FLOP for {tokens * config.train.steps:,} tokens in "
         f"{config.train.steps:,} steps",
     ]
     return lines + _sampling(setup, flops) + [f"mixer: {line}" for line in mixer_lines(config)]

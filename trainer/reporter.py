@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,11 +151,12 @@ class Reporter:
     def _speed(self, step: int) -> dict[str, Any]:
         data = self.config.data
         count = step - self._last_row
+        flops = self._flops_per_token(range(self._last_row + 1, step + 1))
         speed: dict[str, Any] = self.timer.lap(count, count * data.batch_size * data.sequence_length)
         self._last_row = step
         device = self.setup.mesh.devices.flat[0]
         speed["mfu"] = mfu(
-            self.flops.per_token,
+            flops,
             speed["tokens_per_second"],
             device.device_kind,
             self.setup.mesh.size,
@@ -167,6 +168,13 @@ class Reporter:
         speed["time"] = time.time()
         self._shown = speed
         return speed
+
+    def _flops_per_token(self, steps: Sequence[int]) -> float:
+        """The mean over the steps of a row, each with the layers that it updates."""
+        cuts = self.setup.cuts
+        if cuts is None:
+            return self.flops.per_token
+        return sum(self.flops.at_cut(cuts.cut(step, self.config.seed)) for step in steps) / max(len(steps), 1)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.writer is not None:

@@ -107,8 +107,9 @@ class Setup:
     def state_shardings(self) -> Any:
         """A sharding for every leaf of the training state.
 
-        An optimizer leaf that stands for a parameter (its path ends in the parameter's path, dotted or not, and it has the
-        parameter's shape) is laid out like it; every other is replicated.
+        An optimizer leaf that stands for a parameter (its path ends in the parameter's path, dotted or not, or has the dotted
+        path as a key of a state apart for each parameter; and it has the parameter's shape) is laid out like it; every other is
+        replicated.
         """
         shardings, shapes = self.shardings(), abstract_params(self.model)
         known = {
@@ -121,8 +122,8 @@ class Setup:
 
         def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             names = keys(path)
-            for start in range(len(names)):
-                shape, sharding = known.get(".".join(names[start:]), (None, None))
+            for name in (*(".".join(names[start:]) for start in range(len(names))), *names):
+                shape, sharding = known.get(name, (None, None))
                 if shape == leaf.shape:
                     return sharding
             return replicated

@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
 
     if arguments.last < 1:
         raise ConfigError(f"--last = {arguments.last}: expected at least 1")
+    if arguments.out and (arguments.out.is_dir() or not arguments.out.absolute().parent.is_dir()):
+        raise ConfigError(f"--out = {arguments.out}: expected a file in a directory that exists")
     found = [measure(run, arguments.last, arguments.kinds, arguments.until) for run in arguments.runs]
     laws = fits(found)
     show(found, laws)
@@ -123,7 +125,9 @@ def _momentum(arrays: Any, path: str) -> str | None:
     """Where a checkpoint keeps the running mean of a parameter's gradient."""
     for name in MOMENTA:
         for place in arrays:
-            if place.startswith("optimizer/directions/") and place.endswith(f"/{name}/{path}"):
+            # A transformation of optax has the state of each parameter apart.
+            apart = f"/{path}/" in place and place.endswith(f"/{name}")
+            if place.startswith("optimizer/directions/") and (apart or place.endswith(f"/{name}/{path}")):
                 return place
     return None
 

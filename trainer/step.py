@@ -104,9 +104,9 @@ def train_step(
             gradients, total = over(batch)
         tokens = jnp.maximum(total["tokens"], 1)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = optim.global_norm(gradients)
-        # With frozen layers the transformation takes the norm of the others itself.
-        how = {"grad_norm": norm} if cut is None else {"cut": cut}
+        # A frozen block that loops use again has a gradient, which moves nothing.
+        norm = optim.global_norm(optim.active_rows(gradients, nnx.merge(graph, nnx.State(params)), cut) if cut else gradients)
+        how = {"grad_norm": norm} | ({} if cut is None else {"cut": cut})
         how |= {"gradient_difference": apart} if halves else {}
         updates, optimizer = transformation.update(gradients, state["optimizer"], params, rates=rates, **how)
         updated = {"params": optax.apply_updates(params, updates), "optimizer": optimizer}

@@ -1,11 +1,13 @@
 """Layer-aware Newton-Schulz: each layer's matrix takes as many steps as its spectrum needs (arXiv:2606.04058).
 
 A configuration serves a matrix if the median of its normalised singular values passes the configuration's computed threshold
-(`optim.directions.thresholds`): the paper's ablation loses nothing as long as half of the directions are served.
+(`optim.directions.thresholds`): the paper's ablation loses nothing as long as half of the directions are served. One whose
+threshold bfloat16 would round away runs in float32 on every device (`needs_float32`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from optim import options
 from optim.directions.blocks import Blocks, Orthogonalizer
 from optim.directions.newton_schulz import newton_schulz, newton_schulz_leaves
 from optim.directions.spectral_laws import bucket, laws
-from optim.directions.thresholds import cheapest, configuration, threshold
+from optim.directions.thresholds import cheapest, configuration, needs_float32, threshold
 from optim.kinds import kinds_of
 from optim.layerwise.spectrum import quantile_index
 from optim.options.newton_schulz import QUANTILES
@@ -72,26 +74,41 @@ def predicted(chosen: options.Predicted, parameters: Any) -> Orthogonalizer:
             # Under layer sampling the first layers may be missing.
             rows = whole[len(whole) - x.shape[0] :] if x.ndim > 2 else whole
             own[name] = rows
-        return grouped(matrices, own, [configuration(name) for name in chosen.candidates]), state
+        return grouped(matrices, own, chosen.candidates, accept=chosen.accept), state
 
     return Orthogonalizer(lambda matrices: (), apply)
 
 
-def grouped(matrices: Blocks, choices: Mapping[str, Sequence[int]], candidates: Sequence[Any]) -> Blocks:
+def grouped(
+    matrices: Blocks,
+    choices: Mapping[str, Sequence[int]],
+    candidates: Sequence[str],
+    *,
+    accept: float = 0.6,
+    dtype: Any = None,
+) -> Blocks:
     """Newton-Schulz of every matrix with the candidate of its row; rows of one candidate are one batch a shape.
 
     Args:
       matrices: [rows, ..., m, n], or [m, n] with one choice.
       choices: for each, an index into `candidates` a row.
-      candidates: lists of polynomials.
+      candidates: names of configurations.
+      accept: that of the thresholds, which decide what runs in float32.
+      dtype: of the products inside where a candidate does not need float32, as in `newton_schulz`.
     """
     parts: dict[str, list[tuple[np.ndarray, jax.Array]]] = {name: [] for name in matrices}
-    for index, polynomials in enumerate(candidates):
+    for index, candidate in enumerate(candidates):
         rows = {name: np.flatnonzero(np.asarray(choices[name]) == index) for name in matrices}
-        names = [name for name in matrices if len(rows[name])]
-        taken = [matrices[name] if len(rows[name]) == len(choices[name]) else matrices[name][rows[name]] for name in names]
-        for name, y in zip(names, newton_schulz_leaves(taken, polynomials), strict=True):
-            parts[name].append((rows[name], y))
+        for wide in (False, True):
+            names = [
+                name
+                for name in matrices
+                if len(rows[name]) and needs_float32(candidate, accept, *matrices[name].shape[-2:]) == wide
+            ]
+            taken = [matrices[name] if len(rows[name]) == len(choices[name]) else matrices[name][rows[name]] for name in names]
+            done = newton_schulz_leaves(taken, configuration(candidate), dtype=jnp.float32 if wide else dtype)
+            for name, y in zip(names, done, strict=True):
+                parts[name].append((rows[name], y))
     found = {}
     for name, own in parts.items():
         if len(own) == 1:
@@ -103,11 +120,21 @@ def grouped(matrices: Blocks, choices: Mapping[str, Sequence[int]], candidates: 
 
 
 def summary_of(chosen: Any, parameter: Parameter, model: Mapping[str, Parameter]) -> str:
-    """The configurations of a parameter's layers in words, such as "jordan4: 3 layers, jordan6: 1"."""
+    """The configurations of a parameter's layers in words, such as "jordan4: 3 layers, deepseek10 in float32: 1 layers".
+
+    "in float32" stands where a configuration does not run in bfloat16 on an accelerator either, for any block.
+    """
+
+    def label(i: int) -> str:
+        name = chosen.candidates[i]
+        widths = parameter.split or parameter.shape[-1:]
+        wide = any(needs_float32(name, chosen.accept, parameter.shape[-2], width) for width in widths)
+        return f"{name} in float32" if wide else name
+
     if chosen.name != "predicted":
-        return f"{chosen.name}: {chosen.candidates[-1]} up to step {chosen.choose_at}"
+        return f"{chosen.name}: {label(len(chosen.candidates) - 1)} up to step {chosen.choose_at}"
     choices = predicted_choices(chosen, model)[parameter.path]
-    counts = {chosen.candidates[i]: choices.count(i) for i in sorted(set(choices))}
+    counts = {label(i): choices.count(i) for i in sorted(set(choices))}
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{name}: {count} layers" for name, count in counts.items())
@@ -125,13 +152,12 @@ def measured(chosen: options.Measured, parameters: Any) -> Orthogonalizer:
     branch a candidate, so that fewer steps are less work although choices are state; nothing is compiled anew.
     """
     thresholds = [threshold(name, chosen.accept) for name in chosen.candidates]
-    lists = [configuration(name) for name in chosen.candidates]
     which = QUANTILES.index(chosen.quantile)
 
     def init(matrices: Blocks) -> MeasuredState:
         counts = {path: (rows, number) for path, rows, number in _counts(matrices, parameters)}
         logs = {path: jnp.zeros((*shape, len(QUANTILES)), jnp.float32) for path, shape in counts.items()}
-        last = {path: jnp.full(shape, len(lists) - 1, jnp.int32) for path, shape in counts.items()}
+        last = {path: jnp.full(shape, len(thresholds) - 1, jnp.int32) for path, shape in counts.items()}
         # Two arrays, since a donated buffer may not be given twice.
         return MeasuredState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), logs, last)
 
@@ -147,7 +173,7 @@ def measured(chosen: options.Measured, parameters: Any) -> Orthogonalizer:
 
         times, logs = jax.lax.cond(due, measure, lambda before: before, (state.measured, state.log_quantiles))
         choice = {path: _choose(logs[path][..., which], state.choice[path], count, times, thresholds, chosen) for path in logs}
-        return _switched(matrices, choice, lists, parameters), MeasuredState(count, times, logs, choice)
+        return switched(matrices, choice, chosen, parameters), MeasuredState(count, times, logs, choice)
 
     return Orthogonalizer(init, apply)
 
@@ -207,11 +233,30 @@ def _log_quantiles(momentum: Blocks, parameters: Mapping[str, Parameter]) -> dic
     return {path: jnp.concatenate(parts, axis=1) for path, parts in found.items()}
 
 
-def _switched(
-    matrices: Blocks, choice: Mapping[str, jax.Array], lists: Sequence[Any], parameters: Mapping[str, Parameter]
+def switched(
+    matrices: Blocks,
+    choice: Mapping[str, jax.Array],
+    chosen: options.Measured,
+    parameters: Mapping[str, Parameter],
+    *,
+    dtype: Any = None,
 ) -> Blocks:
-    """Newton-Schulz of one matrix after the other with the candidate that its state says; one loop a shape."""
-    branches = [lambda x, chosen=chosen: newton_schulz(x, chosen) for chosen in lists]
+    """Newton-Schulz of one matrix after the other with the candidate that its state says; one loop a shape.
+
+    Args:
+      matrices, dtype: as in `grouped`.
+      choice: as in `MeasuredState`.
+      chosen: options.
+      parameters: of the group by path.
+    """
+
+    def branches(m: int, n: int) -> list[Any]:
+        wide = [needs_float32(name, chosen.accept, m, n) for name in chosen.candidates]
+        return [
+            functools.partial(newton_schulz, coefficients=configuration(name), dtype=jnp.float32 if own else dtype)
+            for name, own in zip(chosen.candidates, wide, strict=True)
+        ]
+
     groups: dict[Any, list[str]] = {}
     for name, x in matrices.items():
         groups.setdefault((*sorted(x.shape[-2:]), x.dtype), []).append(name)
@@ -227,7 +272,7 @@ def _switched(
         wide = [x if x.shape[-2] <= x.shape[-1] else x.mT for x in (matrices[name] for name in names)]
         batch = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in wide])
         which = jnp.concatenate([picked[name] for name in names])
-        done = jax.lax.map(lambda pair: jax.lax.switch(pair[0], branches, pair[1]), (which, batch))
+        done = jax.lax.map(lambda pair, own=branches(*batch.shape[-2:]): jax.lax.switch(pair[0], own, pair[1]), (which, batch))
         start = 0
         for name, x in zip(names, wide, strict=True):
             size = math.prod(x.shape[:-2])

@@ -178,7 +178,9 @@ def matrix_rules(chosen: options.Muon | options.NorMuon, transformation: Any, ro
         if chosen.newton_schulz is not None:
             return summary_of(chosen.newton_schulz, parameter, model)
         count = len(polynomials(chosen.polynomials, chosen.iterations))
-        form = "gram" if gram_is_cheaper(*parameter.shape[-2:], count) else "plain"
+        widths = parameter.split or parameter.shape[-1:]
+        forms = {"gram" if gram_is_cheaper(parameter.shape[-2], width, count) else "plain" for width in widths}
+        form = " and ".join(sorted(forms))
         blocks = f" in {len(parameter.split)} blocks" if parameter.split else ""
         name = "own" if chosen.triples else chosen.coefficients
         return f"{name} x{count} {form}{blocks}"

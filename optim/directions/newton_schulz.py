@@ -85,7 +85,7 @@ def polynomials(coefficients: str | Sequence[Polynomial] = "jordan", steps: int 
         return chosen
     if steps < 1:
         raise ValueError(f"Newton-Schulz takes at least one step, not {steps}")
-    if len(set(chosen)) == 1:
+    if name == "jordan" or len(chosen) == 1:
         return (chosen[0],) * steps
     if name == "polar_express" and steps > len(chosen):
         return chosen + (chosen[-1],) * (steps - len(chosen))

@@ -4,7 +4,8 @@ s_q is the singular value of descending rank ceil(q r) over the Frobenius norm, 
 second hand; 0.25 before the last layer is that of query, key, value and output, and for gate, up and down, where none was
 found, it is assumed. Of the constants two are known (value at 300 B); they put the median of both matrices at 1.2e-2 to 1.3e-2
 for the smallest model of 77 M, and every other law here is set to 1.25e-2 there: a choice of this project. Of the two final MLP
-matrices one has 0.96 and the other 0.52, and sources disagree which; both are treated as the steeper one.
+matrices one has 0.96 and the other 0.52, and sources disagree which; both are treated as the steeper one. The output gate of
+a mixer, which the paper's models have none of, has the laws of the value.
 """
 
 from __future__ import annotations
@@ -37,7 +38,16 @@ def _through_smallest(alpha: float) -> Law:
     return Law(THERE * SMALLEST**alpha, alpha)
 
 
-_final = {"query": 0.46, "key": 0.38, "value": 0.58, "output": 0.66, "gate": 0.96, "up": 0.96, "down": 0.96}
+_final = {
+    "query": 0.46,
+    "key": 0.38,
+    "value": 0.58,
+    "output": 0.66,
+    "output_gate": 0.58,
+    "gate": 0.96,
+    "up": 0.96,
+    "down": 0.96,
+}
 
 MEDIAN_LAWS: dict[tuple[str, str], Law] = (
     {(kind, bucket): _through_smallest(0.25) for kind in KINDS for bucket in ("mid_early", "mid", "mid_late")}

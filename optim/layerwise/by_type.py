@@ -12,10 +12,14 @@ from optim.roles import Parameter
 
 
 def by_type(chosen: options.ByType, declared: Mapping[str, Parameter], groups: Any, steps: int | None) -> Layerwise:
-    """norm 1, query and key 8, value and output 4, MLP 6, embedding and head 10: the ratios of arXiv:2502.19002."""
+    """norm 1, query and key 8, value and output 4, MLP 6, embedding and head 10: the ratios of arXiv:2502.19002.
+
+    The output gate of a mixer, of which the ratios say nothing, counts with value and output (chosen here).
+    """
     del groups, steps
     kinds = kinds_of(declared, chosen.kinds, "optimizer.layerwise.kinds")
-    of_kind = {"query": chosen.query_key, "key": chosen.query_key, "value": chosen.value_output, "output": chosen.value_output}
+    of_kind = dict.fromkeys(("query", "key"), chosen.query_key)
+    of_kind |= dict.fromkeys(("value", "output", "output_gate"), chosen.value_output)
     fixed = {}
     for path, parameter in declared.items():
         if parameter.role == "matrix":

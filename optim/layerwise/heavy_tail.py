@@ -41,7 +41,8 @@ class Matrices(NamedTuple):
 def llr(chosen: options.LLR, declared: Mapping[str, Parameter], groups: Any, steps: int) -> Layerwise:
     """LLR: every matrix, measured at step 1 and every `interval` in the first `adapt` of the run, each change a linear ramp.
 
-    As released embedding and head have the largest multiplier, everything else the smallest. The ramp is of the multiplier,
+    As released embedding and head have the largest multiplier, everything else the smallest of the range; 1 with a map that
+    fills none (sqrt, log2, sigmoid), whose multipliers lie around 1. The ramp is of the multiplier,
     where the code ramps the rate to where the schedule will be: the same while the schedule is straight. The code's last
     measurement falls on the last adaptive step and acts for about one step; here the last one is such that its ramp ends within
     `adapt`. Step 1 measures in any run, so where its ramp would not end within `adapt` ramps are as long as is left after it.
@@ -136,7 +137,8 @@ def _build(
       ramp: steps of a ramp.
       last: last update that may measure; None: any. The first always does.
       outer: roles that get the largest multiplier of all.
-      untuned: "least" if what is not compared gets the smallest multiplier of all, "base" if it gets 1.
+      untuned: "least" if what is not compared gets the smallest multiplier of all, where the map fills a range, and the roles
+        `outer` the largest; "base" if it gets 1.
       of_decay: multipliers of the decay, not of the rate.
     """
     matrices = _matrices(chosen, declared, ends)
@@ -161,7 +163,8 @@ def _build(
         values = _by_scope(taking, chosen, matrices.places)
         found = ones(declared, all_paths)
         if untuned == "least":
-            found = {path: jnp.full_like(leaf, jnp.min(values)) for path, leaf in found.items()}
+            if chosen.ranged:
+                found = {path: jnp.full_like(leaf, jnp.min(values)) for path, leaf in found.items()}
             found |= {
                 path: jnp.full_like(leaf, jnp.max(values)) for path, leaf in found.items() if declared[path].role in outer
             }
@@ -197,12 +200,14 @@ def _build(
         return LayerwiseState({}, values, inner) if of_decay else LayerwiseState(values, {}, inner)
 
     what = "decay" if of_decay else "rate"
+    how = f"{chosen.least:g} to {chosen.most:g}" if chosen.ranged else f"{chosen.assign} of alpha"
+    least = "least" if chosen.ranged else "1"
     words = {}
     for path in declared:
         if path in matrices.rows:
-            words[path] = f"{chosen.name} of {what}, {chosen.least:g} to {chosen.most:g}"
+            words[path] = f"{chosen.name} of {what}, {how}"
         elif path in all_paths:
-            words[path] = f"{chosen.name} {'most' if declared[path].role in outer else 'least'}"
+            words[path] = f"{chosen.name} {'most' if declared[path].role in outer else least}"
     return Layerwise(init, update, words)
 
 

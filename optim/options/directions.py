@@ -47,6 +47,12 @@ class Optax:
     weight_decay: float = option(0.0, "decoupled, times the rate", least=0)
     decay_roles: tuple[str, ...] = option(("matrix",), "parameter roles that are decayed", among=ROLES)
     schedule: object = part("optimizer.schedule", None, _schedule_help)
+    per_layer: bool = option(
+        True,
+        "each layer of a stacked parameter is transformed by itself, so that norms and other statistics are a layer's; false: "
+        "the whole tree at once, stacks as they are stored, for what looks across parameters, such as a global norm",
+        added="0.2",
+    )
 
     def problems(self) -> Problems:
         """A module and a name in it; what JAX must be loaded for is checked when the optimizer is built."""
@@ -86,6 +92,14 @@ class Orthogonalized:
         if getattr(self.rest, "matrices_only", False):
             label = {"muon": "Muon", "normuon": "NorMuon"}[self.rest.name]
             yield "rest.name", f"{label} is for matrices; embeddings, heads and norms need another direction, such as adamw"
+        decay, roles = getattr(self.rest, "weight_decay", 0), getattr(self.rest, "decay_roles", ROLES)
+        # The default, which is for a direction of all parameters, stands for a rest without decay.
+        if decay and decay != type(self.rest)().weight_decay and set(roles) <= {"matrix"}:
+            yield (
+                "rest.weight_decay",
+                f"it reaches no parameter: rest.decay_roles = {list(roles)}, and matrices have a weight_decay of their own; "
+                "name other roles there, such as ['embedding', 'head'], or leave it out",
+            )
         if self.newton_schulz is not None:
             for name, default in (("coefficients", "jordan"), ("iterations", None), ("triples", ())):
                 if getattr(self, name) != default:

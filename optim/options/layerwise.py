@@ -33,11 +33,22 @@ class Spread:
     most: float = option(5.0, "multiplier of the lightest tail (largest alpha)", above=0)
 
     def problems(self) -> Problems:
-        """A range."""
-        if self.least > self.most:
-            yield "least", f"above most = {self.most:g}"
+        """A range, of a map that fills one."""
+        if self.ranged:
+            if self.least > self.most:
+                yield "least", f"above most = {self.most:g}"
+            return
+        for name in ("least", "most"):
+            if getattr(self, name) != getattr(type(self), name):
+                yield name, f"assign = {self.assign!r} does not use it, only {' and '.join(RANGED)} do; leave it out"
+
+    @property
+    def ranged(self) -> bool:
+        """Whether multipliers fill the range; those of other maps lie around 1."""
+        return self.assign in RANGED
 
 
+RANGED = ("linear", "rank")
 _assignments = ("linear", "sqrt", "log2", "sigmoid", "rank")
 
 
@@ -47,7 +58,9 @@ class LLR(HeavyTail, Spread):
     """Larger rates for matrices with lighter tails (arXiv:2605.22297), as released; defaults of its 1 B runs."""
 
     assign: str = option(
-        "linear", "from alpha to multiplier; linear uses least and most, sqrt, log2 and sigmoid do not", among=_assignments
+        "linear",
+        "from alpha to multiplier; linear and rank fill least to most; sqrt, log2 and sigmoid lie around 1, the rest at 1",
+        among=_assignments,
     )
     within: str = option("model", "matrices that are compared: all, or those of one layer", among=("model", "layer"))
     reverse: bool = option(
@@ -59,7 +72,7 @@ class LLR(HeavyTail, Spread):
     )
     outer: str = option(
         "most",
-        "multiplier of embedding and head: most, as released, or least, as every other parameter",
+        "multiplier of embedding and head: most, as released, or that of every other parameter (least, or 1 without a range)",
         among=("most", "least"),
     )
 
@@ -102,6 +115,7 @@ class AlphaDecay(HeavyTail, Spread):
         True, "first and last layer too; as released only the first linear layer keeps the base decay, and the head"
     )
     depends_on_steps = False
+    of_decay = True
 
 
 @register("optimizer.layerwise", "by_type", implementation="optim.layerwise.by_type:by_type")
@@ -111,8 +125,8 @@ class ByType:
 
     norm: float = option(1.0, "vectors, scalars, and factors", above=0)
     query_key: float = option(8.0, "query and key matrices", above=0)
-    value_output: float = option(4.0, "value and output matrices", above=0)
-    mlp: float = option(6.0, "gate, up and down matrices", above=0)
+    value_output: float = option(4.0, "value and output matrices, and output gates of mixers", above=0)
+    mlp: float = option(6.0, "gate, up and down matrices of the MLP", above=0)
     outer: float = option(10.0, "embedding, head and tables", above=0)
     kinds: tuple[str, ...] = option((), "more patterns path=kind, before the built-in ones; fnmatch over dotted paths")
     depends_on_steps = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from optim.options.roles import KINDS, Problems, kind_problems
 from strata import option, options, register
 
@@ -63,7 +65,8 @@ class Predicted(Choice):
             kind, _, bucket = where.partition("@")
             try:
                 c, alpha = (float(word) for word in numbers.split(","))
-                fine = c > 0 and alpha >= 0 and kind in KINDS and bucket in ("mid_early", "mid", "mid_late", "final", "*")
+                fine = 0 < c < math.inf and 0 <= alpha < math.inf
+                fine &= kind in KINDS and bucket in ("mid_early", "mid", "mid_late", "final", "*")
             except ValueError:
                 fine = False
             if not fine:
@@ -93,4 +96,4 @@ class Measured(Choice):
     def problems_over(self, steps: int) -> Problems:
         """A run must reach its choice."""
         if self.choose_at > steps:
-            yield "choose_at", f"the run of {steps} steps ends before the choice, and the last candidate would serve all of it"
+            yield "choose_at", f"a run of {steps} updates ends before the choice, and the last candidate would serve all of it"

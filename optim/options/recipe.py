@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,20 @@ class Optimizer:
         """Every schedule of the recipe by the field that holds it, the common one first."""
         yield from ((path, chosen) for path, chosen in self.parts() if type(chosen).kind == "optimizer.schedule")
 
+    def problems(self) -> Problems:
+        """Under layer sampling no layer sees another, and what multiplies the decay needs one."""
+        for path, chosen in self.parts() if self.sampling is not None else ():
+            if getattr(chosen, "per_layer", True) is False:
+                message = (
+                    f"under {self.sampling.name} an update would depend on which layers were drawn beside it; leave it true"
+                )
+                yield f"{path}.per_layer", message
+        decay, roles = getattr(self.direction, "weight_decay", None), getattr(self.direction, "decay_roles", ("matrix",))
+        if getattr(self.layerwise, "of_decay", False) and decay is not None and (not decay or "matrix" not in roles):
+            name, wanted = ("decay_roles", "name 'matrix' there") if decay else ("weight_decay", "set it above 0")
+            message = f"{self.layerwise.name} multiplies the weight decay of matrices, and no matrix decays: {wanted}"
+            yield f"direction.{name}", message
+
     @property
     def depends_on_steps(self) -> bool:
         """Whether any part looks at the length of the run, so that a longer run is another one."""
@@ -43,11 +58,18 @@ class Optimizer:
         return bool(getattr(self.layerwise, "needs_second_gradient", False))
 
     def problems_over(self, steps: int) -> Problems:
-        """What cannot work in a run of `steps` updates."""
+        """What cannot work in a run of `steps` updates; of its lowest layers as many as are expected under layer sampling."""
+        activity = getattr(self.sampling, "least_activity", 1.0)
         for path, chosen in self.parts():
             if hasattr(chosen, "problems_over"):
-                for name, message in chosen.problems_over(steps):
-                    yield f"{path}.{name}", message
+                sampled = type(chosen).kind == "optimizer.newton_schulz" and activity < 1
+                for name, message in chosen.problems_over(math.floor(activity * steps + 1e-9) if sampled else steps):
+                    why = (
+                        f"; {self.sampling.name} updates the lowest layers in {activity:.0%} of {steps} steps"
+                        if sampled
+                        else ""
+                    )
+                    yield f"{path}.{name}", message + why
 
     def milestones(self, steps: int) -> dict[int, str]:
         """Updates after which the state is worth keeping under a name, by every schedule of the recipe.

@@ -9,10 +9,11 @@ Problems = Iterator[tuple[str, str]]
 ROLES = ("embedding", "head", "matrix", "factor", "vector", "scalar", "table")
 """What a parameter can be (see `optim.roles`)."""
 
-KINDS = ("query", "key", "value", "output", "gate", "up", "down")
-"""Kinds of matrices that methods tell apart."""
+KINDS = ("query", "key", "value", "output", "output_gate", "gate", "up", "down")
+"""Kinds of matrices that methods tell apart; `output_gate` is a mixer's, `gate` that of the feed-forward layer."""
 
-_SITES = {"out": "output"} | {kind: kind for kind in KINDS}
+# The first that fits counts, so a mixer's gate stands before every gate.
+_SITES = {"out": "output", "mixer.gate": "output_gate"} | {kind: kind for kind in KINDS}
 
 DEFAULT_KINDS = tuple(f"{match}={kind}" for site, kind in _SITES.items() for match in (f"*.{site}.*", f"*.{site}"))
 """Patterns over dotted paths, as of the models here; see `optim.kinds`."""

@@ -18,12 +18,19 @@ STEPS = 4
 KINDS = ["up=up"]
 DIRECTIONS = {
     "adamw": {},
-    "muon": {},
-    "normuon": {"newton_schulz": {"name": "measured", "every": 1, "choose_at": 2, "candidates": ["jordan2", "jordan3"]}},
-    "sgd": {},
+    "muon": {"weight_decay": 0.1},
+    "normuon": {
+        "weight_decay": 0.1,
+        "newton_schulz": {"name": "measured", "every": 1, "choose_at": 2, "candidates": ["jordan2", "jordan3"]},
+    },
+    "sgd": {"weight_decay": 0.1},
     "lmo": {"weight_decay": 0.1},
-    "optax": {"transformation": "optax.scale_by_lion", "schedule": {"name": "inverse_sqrt"}},
-    "muon ": {"form": "sharp", "newton_schulz": {"name": "predicted", "kinds": KINDS, "candidates": ["jordan2"]}},
+    "optax": {"weight_decay": 0.1, "transformation": "optax.scale_by_lion", "schedule": {"name": "inverse_sqrt"}},
+    "muon ": {
+        "weight_decay": 0.1,
+        "form": "sharp",
+        "newton_schulz": {"name": "predicted", "kinds": KINDS, "candidates": ["jordan2"]},
+    },
 }
 LAYERWISE = {
     "": None,

@@ -280,6 +280,8 @@ def test_the_table_says_how_often_a_parameter_is_updated():
         ({}, False, "optimizer.sampling.name.*no head of its own"),
         ({"buckets": 5}, True, "optimizer.sampling.buckets.*more than the 4 layers"),
         ({"distribution": "optimal", "smoothness": [1.0]}, True, "optimizer.sampling.smoothness"),
+        ({"smoothness": [1.0, 2.0, 3.0, 4.0]}, True, "optimizer.sampling.smoothness.*only distribution = 'optimal'"),
+        ({"shift": 1.0}, True, "optimizer.sampling.shift.*only distribution = 'shifted'"),
         ({"buckets": 0}, True, "optimizer.sampling.buckets"),
     ],
 )

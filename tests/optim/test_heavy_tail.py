@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 import optim
+from optim.directions.layer_aware import predicted_choices
 from optim.layerwise.heavy_tail import assign
 from optim.layerwise.spectrum import quantile_index, spectral_quantile
-from optim.options import LLR, ByType, TempBalance
+from optim.options import LLR, ByType, Predicted, TempBalance
+from optim.roles import parameters
 from strata import ConfigError
 
 constant = {"name": "constant"}
@@ -238,6 +240,20 @@ def test_alpha_decay_moves_decays_and_no_rates():
     np.testing.assert_allclose(moved["up"], -shrink * params["up"], rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("direction", "field"),
+    [
+        ({"name": "muon"}, "weight_decay = 0"),
+        ({"name": "adamw", "weight_decay": 0.0}, "weight_decay = 0"),
+        ({"name": "adamw", "decay_roles": ["embedding"]}, "decay_roles"),
+    ],
+)
+def test_alpha_decay_without_a_decay_of_matrices_is_refused(direction, field):
+    with pytest.raises(ConfigError, match=f"(?s)optimizer.direction.{field}.*no matrix decays"):
+        optim.build(setting({"name": "alpha_decay"}) | {"direction": direction}, Spectra())
+    optim.build(setting({"name": "alpha_decay"}) | {"direction": {"name": "muon", "weight_decay": 0.01}}, Spectra())
+
+
 def test_rates_within_a_layer_fill_the_range_in_every_layer():
     rate = rates_after(run(setting({"name": "llr", "within": "layer", "ramp": 0, "adapt": 1.0}), 1))[0]
     for layer in range(3):
@@ -255,15 +271,41 @@ def test_fixed_multipliers_by_type_reach_the_table_and_the_update():
         np.testing.assert_allclose(with_rates[path] - before[path], factor * (plain[path] - before[path]), rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("mixer", ["gla", "gated_delta_net", "retention", "simple_gla"])
+def test_the_output_gate_of_a_mixer_is_none_of_the_mlp(mixer):
+    import models
+
+    model = models.abstract({"width": 16, "layers": 2, "heads": 2, "mixer": {"name": mixer}}, vocab_size=11)
+    rows = {row.path: row for row in optim.assignment({"layerwise": {"name": "by_type"}, "schedule": constant}, model)}
+    by_site = {path.split(".", 2)[-1]: (row.layerwise, row.learning_rate_multiplier) for path, row in rows.items()}
+    assert by_site["mixer.gate.kernel"] == ("by_type output_gate", 4.0) and by_site["ffn.gate.kernel"] == ("by_type gate", 6.0)
+    choices = predicted_choices(Predicted(model_size=10**11), parameters(model))
+    own = {path.split(".", 2)[-1]: choice for path, choice in choices.items()}
+    assert own["mixer.gate.kernel"] == own["mixer.value.kernel"] != own["ffn.gate.kernel"]
+
+
 def test_the_assignment_says_how_multipliers_come_about():
     rows = {row.path: row.layerwise for row in optim.assignment(setting({"name": "llr"}), Spectra())}
     assert rows["up"] == "llr of rate, 1 to 5" and rows["embedding"] == "llr most" and rows["gain"] == "llr least"
+    rows = {row.path: row.layerwise for row in optim.assignment(setting({"name": "llr", "assign": "sqrt"}), Spectra())}
+    assert rows["up"] == "llr of rate, sqrt of alpha" and rows["embedding"] == "llr most" and rows["gain"] == "llr 1"
+
+
+@pytest.mark.parametrize("name", ["sqrt", "log2", "sigmoid"])
+def test_a_map_around_one_leaves_the_rest_at_one(name):
+    rate = rates_after(run(setting({"name": "llr", "assign": name, "ramp": 0, "adapt": 1.0}), 1))[0]
+    measured = np.concatenate([rate["up"], rate["down"]])
+    assert measured.min() < 1 < measured.max()
+    np.testing.assert_array_equal(rate["gain"], 1.0)
+    assert float(rate["embedding"]) == pytest.approx(measured.max())
 
 
 @pytest.mark.parametrize(
     ("layerwise", "sentence"),
     [
         ({"name": "llr", "least": 2.0, "most": 1.0}, "optimizer.layerwise.least.*above most"),
+        ({"name": "llr", "assign": "sigmoid", "most": 3.0}, "optimizer.layerwise.most.*'sigmoid' does not use it"),
+        ({"name": "temp_balance", "assign": "sqrt", "least": 0.9}, "optimizer.layerwise.least.*'sqrt' does not use it"),
         ({"name": "by_type", "kinds": ["up:up"]}, "not of the form"),
         ({"name": "by_type"}, "no pattern says which kind of matrix"),
         ({"name": "by_type", "kinds": ["up=up", "down=up", "*.nothing=up"]}, "fits no matrix"),

@@ -161,6 +161,7 @@ def test_steps_repeat_what_can_be_repeated():
         ("you6", 5, "steps=6 or None"),
         ("polar_express", 3, "steps=5 or None"),
         ([(2, -1.5, 0.5), (2, -1.5, 0.4)], 5, "steps=2 or None"),
+        ([(2, -1.5, 0.5)] * 3, 5, "steps=3 or None"),
         ([(1.0, 2.0)], None, "list of \\(a, b, c\\)"),
         ([], None, "list of \\(a, b, c\\)"),
         ("jordan", 0, "at least one step"),

@@ -45,6 +45,18 @@ def test_adamw_equals_optax_with_the_decay_masked_by_role(model, params, gradien
     assert_close(run(optim.build(config, model), params, gradients)[0], run(reference, params, gradients)[0], 2e-7)
 
 
+def test_a_decay_of_the_rest_that_reaches_no_parameter_is_refused(model):
+    def rest(**fields):
+        return {"direction": {"name": "muon", "rest": {"name": "adamw", **fields}}, "schedule": constant}
+
+    with pytest.raises(ConfigError, match=r"(?s)optimizer\.direction\.rest\.weight_decay = 0\.5.*reaches no parameter"):
+        optim.build(rest(weight_decay=0.5), model)
+    rows = optim.assignment(rest(weight_decay=0.5, decay_roles=["embedding", "head"]), model)
+    assert {row.role for row in rows if row.weight_decay == 0.5} == {"embedding", "head"}
+    for fields in ({}, {"weight_decay": 0.0}):
+        assert all(row.weight_decay == 0 for row in optim.assignment(rest(**fields), model))
+
+
 def test_matrices_move_by_muon_and_the_rest_by_adamw(model, params, gradients):
     config = {"direction": {"name": "muon", "weight_decay": 0.05}, "schedule": constant, "clip_norm": None}
     found, state = run(optim.build(config, model), params, gradients)

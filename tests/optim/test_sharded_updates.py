@@ -39,27 +39,38 @@ def compare() -> None:
         ("normuon", {"layerwise": {"name": "llr", "smallest": 4}, "sampling": {"name": "drop_muon", "buckets": 2}}),
         ("lmo", {"layerwise": {"name": "lanton", "interval": 1}}),
         ("measured", {}),
+        ("optax", {"sampling": {"name": "drop_muon", "buckets": 2}}),
     ):
         chosen = {"name": direction}
+        if direction == "optax":
+            chosen["transformation"] = "optax.scale_by_novograd"
         if direction == "measured":
             steps = {"name": "measured", "every": 1, "choose_at": 1, "candidates": ["jordan3", "jordan5"]}
             chosen = {"name": "muon", "newton_schulz": steps}
         config = {"direction": chosen, "schedule": {"name": "constant"}, **more}
-        tx, steps = optim.build(config, model, steps=10), 2 if direction == "lmo" else 1
-        update = jax.jit(tx.update)
-        first = tx.init(params)
-        if steps == 2:  # noise is known from the second gradient on
-            _, first = update(jax.tree.map(lambda x: -x, gradients), first, params)
-        single, _ = update(gradients, first, params)
-        placed = jax.device_put(params, roles.like(params, shardings))
+        # Every layer first, then where layers are sampled the last alone. Noise is known from the second gradient on.
+        draws = [{"cut": 0}, {"cut": 1}] if "sampling" in more else [{}] * (2 if direction == "lmo" else 1)
+        tx = optim.build(config, model, steps=10)
+        single, spread = [], []
+        update, alone = jax.jit(tx.update, static_argnames="cut"), tx.init(params)
         places = roles.mirror(jax.eval_shape(tx.init, params), declared, shardings, whole)
-        state = jax.device_put(first, places)
-        split = jax.jit(tx.update, out_shardings=(roles.like(params, shardings), places))
-        moved, state = split(jax.device_put(gradients, roles.like(params, shardings)), state, placed)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), moved, single)
+        split = jax.jit(tx.update, static_argnames="cut", out_shardings=(roles.like(params, shardings), places))
+        placed, state = jax.device_put(params, roles.like(params, shardings)), jax.device_put(tx.init(params), places)
+        for k, how in enumerate(draws):
+            own = jax.tree.map(lambda x, k=k: (-1) ** k * x, gradients)
+            moved, alone = update(own, alone, params, **how)
+            single.append(moved)
+            moved, state = split(jax.device_put(own, roles.like(params, shardings)), state, placed, **how)
+            spread.append(moved)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), spread, single)
+        if "sampling" in more:
+            assert not np.any(single[1]["blocks"]["up"][0]) and np.any(single[1]["blocks"]["up"][1])
         moments = state.directions.get("matrix", state.directions.get("all"))
-        moment = next(getattr(moments, name) for name in ("momentum", "mu", "__getitem__") if hasattr(moments, name))
-        leaf = (moments[0].trace if direction == "lmo" else moment)["blocks.up"]
+        if direction == "optax":
+            leaf = moments["blocks.up"].mu
+        else:
+            moment = next(getattr(moments, name) for name in ("momentum", "mu", "__getitem__") if hasattr(moments, name))
+            leaf = (moments[0].trace if direction == "lmo" else moment)["blocks.up"]
         assert leaf.sharding.shard_shape(leaf.shape) == (2, 4, 10)
 
 

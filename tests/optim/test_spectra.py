@@ -62,6 +62,11 @@ def test_a_law_that_rises_is_printed_as_the_constant_that_fits_best(capsys):
     assert f"query@mid={2 * 1e7**0.2:.6g},0.0000" in capsys.readouterr().out
 
 
+def test_the_momentum_of_a_transformation_of_optax_lies_under_its_parameter():
+    arrays = ["optimizer/directions/all/blocks.up/nu", "optimizer/directions/all/blocks.up/mu", "params/blocks.up/mu"]
+    assert spectra._momentum(arrays, "blocks.up") == arrays[1] and spectra._momentum(arrays, "blocks.down") is None
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     import trainer
@@ -119,3 +124,10 @@ def test_what_is_no_run_and_what_matches_nothing_are_refused(run, tmp_path):
         spectra.measure(run, kinds=["*.nothing=up"])
     with pytest.raises(ConfigError, match="--last"):
         spectra.main([str(run), "--last", "0"])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(spectra, "measure", None)
+    for out in (tmp_path / "missing" / "laws.json", tmp_path):
+        with pytest.raises(ConfigError, match="--out = .*a directory that exists"):
+            spectra.main([str(tmp_path), "--out", str(out)])

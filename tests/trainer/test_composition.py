@@ -158,11 +158,14 @@ STEPS, SAVED = 4, 2
 RECIPES = {
     "direction": {
         "adamw": {},
-        "muon": {"newton_schulz": {"name": "predicted", "candidates": ["jordan2", "jordan3"]}},
-        "normuon": {"newton_schulz": {"name": "measured", "every": 1, "choose_at": 2, "candidates": ["jordan2", "jordan3"]}},
-        "sgd": {},
-        "lmo": {},
-        "optax": {"schedule": {"name": "inverse_sqrt"}},
+        "muon": {"weight_decay": 0.1, "newton_schulz": {"name": "predicted", "candidates": ["jordan2", "jordan3"]}},
+        "normuon": {
+            "weight_decay": 0.1,
+            "newton_schulz": {"name": "measured", "every": 1, "choose_at": 2, "candidates": ["jordan2", "jordan3"]},
+        },
+        "sgd": {"weight_decay": 0.1},
+        "lmo": {"weight_decay": 0.1},
+        "optax": {"weight_decay": 0.1, "schedule": {"name": "inverse_sqrt"}},
     },
     "layerwise": {
         "none": None,

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+import optim
 import trainer
 from strata import ConfigError
 from trainer import config as configuration
 from trainer import convert, evaluate, generate
 from trainer.metrics import read_metrics
 from trainer.setup import assemble
+from trainer.step import initial_state, train_step
 
 LOOPS = {"name": "recursive", "loops": 2}
 SNLP = {"name": "layer_parallel", "layers": 2, "forward": "sequential", "regularizer": 0.5, "stride": 1}
@@ -235,3 +237,21 @@ def test_noise_by_two_halves_of_a_batch_trains_and_needs_an_even_one(tiny, tmp_p
     assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-5)
     with pytest.raises(ConfigError, match="give an even number"):
         trainer.train(tiny(optimizer=noisy, data__batch_size=3), tmp_path / "odd")
+
+
+@pytest.mark.parametrize("depth", [{}, {"name": "recursive", "loops": 2}, {"name": "layer_parallel", "layers": 2}])
+def test_the_norm_that_is_logged_is_of_the_layers_that_move(tiny, depth):
+    """A frozen block that loops use again has a gradient too, which neither moves nor clips anything."""
+    sgd = {"direction": {"name": "sgd", "momentum": 0.0}, "sampling": {"name": "drop_muon", "buckets": 2}, "clip_norm": None}
+    changes = {"model__depth": depth} if depth else {}
+    setup = assemble(configuration.resolve_config(tiny(optimizer=sgd, model__layers=4, **changes)))
+    # Away from the start, where the blocks' last projections are zero.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), setup.initial_params())
+    state = initial_state(params, setup.transformation())
+    batch = next(setup.dataset.train(**setup.share(setup.config.data.batch_size)))
+    rates = {"all": np.float32(0.125)}
+    with jax.set_mesh(setup.mesh):
+        step = jax.jit(train_step(setup.graph, setup.transformation(), setup.config.train, None, cut=setup.cuts.first[-1]))
+        after, metrics = step(state, batch, rates)
+    applied = jax.tree.map(lambda new, old: (new - old) / -0.125, after["params"], params)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optim.global_norm(applied)), rel=1e-4)

@@ -402,7 +402,7 @@ def test_momentum_of_orthogonal_matrices_has_equal_singular_values(traced):
     assert np.isnan(found["mixer.out"][1]).all()
 
 
-@pytest.mark.parametrize("direction", ["muon", "adamw", "sgd"])
+@pytest.mark.parametrize("direction", ["muon", "adamw", "sgd", "optax"])
 def test_momentum_is_found_in_the_state_of_an_optimizer(tiny, direction):
     setup = assemble(configuration.resolve_config(tiny(optimizer__direction={"name": direction})))
     found = momentum(setup.abstract_state()["optimizer"], declared := parameters(setup.model))

@@ -1,15 +1,18 @@
 """The dry run tells the truth about parameters, work and memory."""
 
 import math
+import types
 
 import jax
 import pytest
 
 import models
+from optim.roles import path_of
 from trainer import config as configuration
 from trainer.dry_run import dry_run
 from trainer.flops import training_flops
-from trainer.setup import abstract_params, assemble
+from trainer.reporter import Reporter
+from trainer.setup import Setup, abstract_params, assemble
 
 
 @pytest.fixture
@@ -43,7 +46,14 @@ def test_what_layer_sampling_can_save_is_said_with_the_share_of_the_head(report,
     text, setup = report(optimizer=drop)
     # Two layers, cuts 0 and 1: 3 / (1/2 (1 + 2) + 1/2 (1 + 1 - 1/2)).
     assert "cuts at layers 0, 1; a step is at most 1.333 times as fast" in text
-    share = training_flops(setup.model, 16).head_share
+    flops = training_flops(setup.model, 16)
+    expected = flops.per_token - 1 / 2 * 2 / 3 * (flops.per_token - flops.head) / 2
+    tokens = setup.config.data.batch_size * 16
+    assert (
+        f"{expected * tokens / 1e9:,.2f} GFLOP a step of {tokens:,} tokens ({expected / flops.per_token:.3f} of a full" in text
+    )
+    assert f"{expected * tokens * setup.config.train.steps:.3g} FLOP for" in text
+    share = flops.head_share
     assert share == 6 * 16 * 12 / training_flops(setup.model, 16).per_token
     assert f"{share:.1%} (with it at most {1 / ((1 - share) * 3 / 4 + share):.3f} times)" in text
 
@@ -66,6 +76,52 @@ def test_flops_follow_the_formula(report):
     assert flops.products == 6 * matrices
     assert flops.attention == 12 * layers * width * length
     assert flops.causal == 12 * layers * width * (length + 1) / 2
+
+
+def test_a_cut_saves_the_backward_pass_of_the_layers_below_it():
+    def of(**depth):
+        config = {"width": 16, "heads": 2, "layers": 4, "depth": depth or {"name": "sequential"}}
+        return training_flops(models.abstract(config, vocab_size=12), 16)
+
+    plain = of()
+    layer = (plain.per_token - plain.head) / 4
+    assert [plain.at_cut(cut) for cut in range(4)] == pytest.approx([plain.per_token - 2 / 3 * cut * layer for cut in range(4)])
+    looped = of(name="recursive", loops=2)  # gradients still pass through the frozen block in the second loop
+    products = (looped.products - looped.head) / 4
+    assert looped.at_cut(0) == looped.per_token
+    assert looped.at_cut(1) == pytest.approx(looped.per_token - 2 / 3 * layer - 1 / 3 * products)
+    parallel = of(name="layer_parallel", layers=3, sweeps=1)
+    assert parallel.at_cut(1) == pytest.approx(parallel.per_token - 2 / 3 * layer) == parallel.at_cut(2)
+
+
+def test_mfu_counts_the_layers_that_the_steps_of_a_row_updated(tiny):
+    sampling = {"name": "drop_muon", "buckets": 2}
+    setup = assemble(configuration.resolve_config(tiny(optimizer={"direction": {"name": "muon"}, "sampling": sampling})))
+    flops, draws = training_flops(setup.model, 16), [setup.cuts.cut(step, setup.config.seed) for step in range(1, 9)]
+    assert set(draws) == {0, 1}
+    row = types.SimpleNamespace(setup=setup, config=setup.config, flops=flops)
+    for step, cut in enumerate(draws, 1):
+        assert Reporter._flops_per_token(row, [step]) == flops.at_cut(cut)
+    mean = sum(flops.at_cut(cut) for cut in draws[2:]) / 6
+    assert Reporter._flops_per_token(row, range(3, 9)) == pytest.approx(mean) and mean < flops.per_token
+
+
+def test_every_array_of_the_optimizer_that_mirrors_a_parameter_is_laid_out_like_it(tiny, monkeypatch):
+    """Of an optax transformation too, whose state is apart for each parameter."""
+    monkeypatch.setattr(Setup, "shardings", lambda setup: jax.tree_util.tree_map_with_path(named, abstract_params(setup.model)))
+    for direction in ("adamw", "muon", "optax"):
+        setup = assemble(configuration.resolve_config(tiny(optimizer__direction={"name": direction})))
+        places, mirrored = jax.tree.leaves(setup.state_shardings()["optimizer"]), set()
+        for (path, leaf), place in zip(
+            jax.tree_util.tree_leaves_with_path(setup.abstract_state()["optimizer"]), places, strict=True
+        ):
+            mirrored |= {place} if isinstance(place, str) else set()
+            assert isinstance(place, str) or leaf.ndim < 2, path
+        assert mirrored == set(jax.tree.leaves(setup.shardings()))
+
+
+def named(path, leaf):
+    return path_of(path)
 
 
 def uses(depth, layers=4):

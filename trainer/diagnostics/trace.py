@@ -197,14 +197,16 @@ class Trace:
 def momentum(optimizer: Any, declared: Mapping[str, Parameter]) -> dict[str, jax.Array]:
     """The running mean of the gradient of every parameter that an optimizer's state has one of, by dotted path.
 
-    Such an array lies in a field of a name in `MOMENTUM`, under the path of its parameter and with its shape.
+    Such an array lies in a field of a name in `MOMENTUM`, under the path of its parameter and with its shape. The state of an
+    optax transformation is apart for each parameter: there the field lies under the path.
     """
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
         names = keys(path)
-        field = max((i for i, name in enumerate(names) if name in MOMENTUM and i + 1 < len(names)), default=None)
+        field = max((i for i, name in enumerate(names) if name in MOMENTUM), default=None)
         if field is not None:
-            parameter = declared.get(".".join(names[field + 1 :]))
+            around = (".".join(names[field + 1 :]), *names[:field])
+            parameter = next((declared[name] for name in around if name in declared), None)
             if parameter is not None and parameter.shape == leaf.shape:
                 found[parameter.path] = leaf
     return found

@@ -88,6 +88,7 @@ def step_seconds(runs: Path, run: Run) -> float | None:
 
 def describe_work(plan: Plan) -> list[str]:
     """FLOPs of every arm by the model's formula, and what they are on a GPU. Imports JAX and reads tokenizers."""
+    import optim
     from trainer import config as configuration
     from trainer.flops import training_flops
     from trainer.metrics.throughput import peak_flops
@@ -100,7 +101,9 @@ def describe_work(plan: Plan) -> list[str]:
         try:
             config = configuration.resolve_config(json.loads(run.config))
             model = _model(config, assumed)
-            found[run.group] = (training_flops(model, config.data.sequence_length).per_token, config.train.precision)
+            cuts = optim.cuts(config.optimizer, model, steps=config.train.steps)
+            flops = training_flops(model, config.data.sequence_length).expected(cuts)
+            found[run.group] = (flops, config.train.precision)
         except StrataError as error:
             found[run.group] = (0.0, str(error).splitlines()[0])
     where = f" (a vocabulary of {assumed:,} where the data is not here)" if assumed else ""
