@@ -240,10 +240,15 @@ class LayerParallelDepth(_Depth):
         elif not self.regularizer:
             taken = {}
         elif self.compares_last_block:
-            taken = {1: len(set(self.suffixes or (self.layers,)))}
+            taken = {1: len(self._regularized)}
         else:
-            taken = dict.fromkeys(self.suffixes or (self.layers,), sweep)
+            taken = dict.fromkeys(self._regularized, sweep)
         return tuple(1 + sum(times for count, times in taken.items() if layer >= layers - count) for layer in range(layers))
+
+    @property
+    def _regularized(self) -> set[int]:
+        """Lengths of the suffixes that have an error: that of one layer is exact."""
+        return {count for count in self.suffixes or (self.layers,) if count > 1}
 
     def probe_length(self, dtype: Any) -> float:
         """`probe`, derived from the compute type when not given."""

@@ -88,6 +88,7 @@ def test_blocks_are_counted_as_often_as_the_depth_strategy_evaluates_them():
     assert uses(trained) == 4 + 2  # the last block alone, for each suffix
     assert uses(trained | {"form": "paper"}) == uses(trained | {"stride": 2}) == 4 + 2 + 3
     assert uses(trained | {"suffixes": []}) == 4 + 1
+    assert uses(trained | {"suffixes": [1]}) == 4  # exact, so compared with nothing
 
 
 def test_a_pattern_is_counted_at_the_places_of_its_layers():
