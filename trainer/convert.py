@@ -215,14 +215,16 @@ def converted_params(donor: Any, setup: Any, conversion: Any, seed: int) -> tupl
       seed: of whatever it draws.
 
     Raises:
-      ConfigError: the models do not match.
+      ConfigError: the models do not match, or the tokenizers.
     """
     import jax
     import numpy as np
     from flax import nnx
 
     from models.conversion import convert
+    from trainer.runs import check_tokenizer
 
+    check_tokenizer(setup, donor.directory, donor.config)
     fresh = nnx.to_flat_state(nnx.state(nnx.merge(setup.graph, nnx.State(setup.initial_params()))))
     old, new = nnx.to_flat_state(nnx.state(donor.model)), setup.config.model
     arrays = [{path: np.asarray(value[...]) for path, value in flat} for flat in (old, fresh)]

@@ -203,13 +203,17 @@ class Loop:
         source = self.config.init_from
         before = self.directory.read_json("init_from.json") or {}
         step = before["step"] if before.get("run") == source.run and source.step is None else source.step
+        record: dict[str, Any] = {"run": source.run}
         if source.convert is None:
-            params, step = runs.params_for(self.setup, Path(source.run), step)
+            params, record["step"] = runs.params_for(self.setup, Path(source.run), step)
         else:
-            params, step = runs.converted_for(self.setup, Path(source.run), step)
+            params, record["step"], record["lost"] = runs.converted_for(self.setup, Path(source.run), step)
         if processes.first():
-            self.directory.write_json("init_from.json", {"run": source.run, "step": step})
-        self.notes.append(f"parameters come from {source.run} at step {step}")
+            self.directory.write_json("init_from.json", record)
+        self.notes.append(f"parameters come from {source.run} at step {record['step']}")
+        if record.get("lost"):
+            name, share = max(record["lost"].items(), key=lambda entry: entry[1])
+            self.notes.append(f"the conversion lost at most {share:.4f} of a parameter ({name}); all are in init_from.json")
         return params
 
     def _write_first_files(self, done: int) -> None:
