@@ -78,7 +78,8 @@ def get_experiment() -> Experiment:
             Arm("pre, zero", {"model.output_init": "zero"}, part=2, control="this framework's own start"),
         ],
         scales={
-            "smoke": Scale(seeds=2, changes=text.SMOKE | RECIPE | schedule(12), minutes=0.15),
+            # Six layers: a twelfth of four is none.
+            "smoke": Scale(seeds=2, changes=text.SMOKE | {"model.layers": 6} | RECIPE | schedule(12), minutes=0.15),
             "laptop": Scale(
                 seeds=5,
                 changes=text.LAPTOP | text.shape(64, 12, 2) | RECIPE | schedule(600),

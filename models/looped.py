@@ -109,6 +109,11 @@ def _check(donor: options.Model, target: options.Model, adapters: str) -> None:
     problems = []
     if donor.depth.loops != 1:
         problems.append(f"the donor is looped already ({donor.depth.loops} loops); only a sequential one can be converted")
+    elif donor.depth.adapter_rank:
+        problems.append(
+            f"the donor has low-rank matrices of its own (model.depth.rank = {donor.depth.adapter_rank}), and the looped model "
+            "has no second ones to keep them in"
+        )
     if donor.layers != target.layers:
         problems.append(f"the donor has {donor.layers} layers and the looped model executes {target.layers}")
     for field in dataclasses.fields(donor):

@@ -248,6 +248,23 @@ def taken(x: jax.Array, rows: np.ndarray) -> jax.Array:
     return x[rows]
 
 
+LAYERS = "layers at once"
+
+
+def at_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` of one layer as a function of many, stacked on a leading axis of every argument and result."""
+    return jax.vmap(call, axis_name=LAYERS)
+
+
+def runs_at_once() -> bool:
+    """Whether what is being traced is one layer of many, within `at_once`."""
+    try:
+        jax.lax.axis_size(LAYERS)
+    except NameError:
+        return False
+    return True
+
+
 class Forward(NamedTuple):
     """What all layers of a forward pass read."""
 
@@ -265,5 +282,5 @@ class Forward(NamedTuple):
         return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
 
     def context(self, kind: Kind, layer: Any) -> Context:
-        """The context of one executed layer, or under `jax.vmap` of each."""
+        """The context of one executed layer, or within `at_once` of each."""
         return Context(self.shared[kind], jnp.asarray(layer, jnp.int32), self.embedding)

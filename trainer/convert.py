@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.evaluate import STEP_HELP, positive, read_part, step_or_name
+from trainer.generate import seed as seed_argument
 
 if TYPE_CHECKING:
     from trainer.options import Config
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", required=True, help="run directory of the donor")
     parser.add_argument("--step", type=step_or_name, default=None, help=STEP_HELP)
     parser.add_argument("--out", required=True, help="run directory to make")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, such as adapters that start at zero")
+    parser.add_argument("--seed", type=seed_argument, default=0, help="of what is drawn, such as adapters that start at zero")
     parser.add_argument(
         "--to",
         default="looped",
@@ -103,8 +104,11 @@ def chosen(arguments: argparse.Namespace, config: Config) -> Any:
 
     tree = named(arguments.to)
     if is_looped(arguments):
-        tree = {"initial": arguments.initial or ("average" if arguments.rank else "stepwise")} | tree
-        tree |= {"adapters": arguments.adapters} if arguments.adapters else {}
+        given = {field: getattr(arguments, field) for field in ("initial", "adapters") if getattr(arguments, field)}
+        for field, value in given.items():
+            if tree.get(field, value) != value:
+                raise ConfigError(f"--{field} is {value}, and --to has {field} = {tree[field]!r}: give one of them")
+        tree = {"initial": "average" if arguments.rank else "stepwise"} | tree | given
     name = tree.pop("name", None)
     if name not in registry.names("model.conversion"):
         raise ConfigError(f"--to = {arguments.to!r}: registered are {', '.join(registry.names('model.conversion'))}")
@@ -211,14 +215,16 @@ def converted_params(donor: Any, setup: Any, conversion: Any, seed: int) -> tupl
       seed: of whatever it draws.
 
     Raises:
-      ConfigError: the models do not match.
+      ConfigError: the models do not match, or the tokenizers.
     """
     import jax
     import numpy as np
     from flax import nnx
 
     from models.conversion import convert
+    from trainer.runs import check_tokenizer
 
+    check_tokenizer(setup, donor.directory, donor.config)
     fresh = nnx.to_flat_state(nnx.state(nnx.merge(setup.graph, nnx.State(setup.initial_params()))))
     old, new = nnx.to_flat_state(nnx.state(donor.model)), setup.config.model
     arrays = [{path: np.asarray(value[...]) for path, value in flat} for flat in (old, fresh)]

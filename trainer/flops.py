@@ -26,7 +26,7 @@ class Flops:
     products: float  # 6 a matrix parameter: embedding rows are looked up, not multiplied, and do not count
     attention: float  # of the mixers, with the full square of scores
     causal: float  # with the half that a causal mask leaves
-    head: float  # of `products`, those of the head
+    head: float  # of `products`, those of the head, once for every trained exit
     layers: tuple[Layer, ...] = ()  # that are executed, in their order: what of `products` and `causal` is theirs
     unique: int = 0  # layers with parameters of their own; executed ones beyond these use them again
     together: int | None = None  # the first of the layers that are differentiated together; None: each by itself
@@ -68,7 +68,8 @@ class Flops:
 
 
 def training_flops(model: nnx.Module, sequence_length: int) -> Flops:
-    """Count the work of one token in a sequence of `sequence_length`, each block as often as the depth strategy evaluates it.
+    """Count the work of one token in a sequence of `sequence_length`: each block as often as the depth strategy evaluates it,
+    the head as often as it reads out.
 
     Args:
       model: a `models.Transformer`, abstract or not.
@@ -90,8 +91,10 @@ def training_flops(model: nnx.Module, sequence_length: int) -> Flops:
                     for executed in (place,) if own else range(place, option.layers, unique):
                         (own_products if own else shared_products)[executed] += size / len(places) * uses[executed]
                 size *= sum(uses[place] if own else sum(uses[place::unique]) for place in places) / len(places)
+            elif role in ("head", "embedding"):
+                size *= option.depth.read_outs
+                head += size
             used += size
-            head += math.prod(variable.shape) if role in ("head", "embedding") else 0
     work = [layer.mixer.flops(layer, sequence_length) for layer in option.plan() * option.depth.loops]
     square, causal = (
         float(sum(count * one for count, one in zip(uses, column, strict=True))) for column in zip(*work, strict=True)

@@ -198,18 +198,25 @@ class Loop:
         directory = Path(source.run)
         before = self.directory.read_json("init_from.json") or {}
         step = before["step"] if before.get("run") == source.run and source.step is None else source.step
+        record: dict[str, Any] = {"run": source.run}
         if source.branches:
-            restored = runs.state_for(self.config.train.steps, shapes, directory, step)
-            step, what = restored.step, "parameters and optimizer state"
+            restored = runs.state_for(self.setup, shapes, directory, step)
+            record["step"], what = restored.step, "parameters and optimizer state"
             host = {"data": restored.host["data"]} if source.take == "all" else {}
-            found = self._counting_anew(restored.state), host, step
+            found = self._counting_anew(restored.state), host, restored.step
         else:
-            taken = runs.params_for if source.convert is None else runs.converted_for
-            params, step = taken(self.setup, directory, step)
-            found, what = (self.setup.initial_state(params), {}, 0), "parameters"
+            what = "parameters"
+            if source.convert is None:
+                params, record["step"] = runs.params_for(self.setup, directory, step)
+            else:
+                params, record["step"], record["lost"] = runs.converted_for(self.setup, directory, step)
+            found = self.setup.initial_state(params), {}, 0
         if processes.first():
-            self.directory.write_json("init_from.json", {"run": source.run, "step": step})
-        self.notes.append(f"{what} come from {source.run} at step {step}")
+            self.directory.write_json("init_from.json", record)
+        self.notes.append(f"{what} come from {source.run} at step {record['step']}")
+        if record.get("lost"):
+            name, share = max(record["lost"].items(), key=lambda entry: entry[1])
+            self.notes.append(f"the conversion lost at most {share:.4f} of a parameter ({name}); all are in init_from.json")
         return found
 
     def _counting_anew(self, state: Any) -> Any:

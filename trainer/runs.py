@@ -9,11 +9,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from models.options import Model
+from models.stack import order
 from strata import ConfigError, StrataError
 from trainer import config as configuration
 from trainer.checkpoint import Checkpointer, Restored
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.options import Config, Mesh
+from trainer.run_directory import RunDirectory
 from trainer.setup import Setup, abstract_params, assemble, make_mesh
 
 
@@ -116,55 +119,89 @@ def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, in
     """Another run's parameters for the model of `setup`, laid out as its own, and their step.
 
     Raises:
-      ConfigError: the directory is no run, has no such checkpoint, or its parameters do not fit this model; with every
-        difference.
+      ConfigError: the directory is no run, has no such checkpoint, its token ids mean something else, or its parameters do
+        not fit this model; with every difference.
     """
     if not (directory / "config.json").is_file():
         raise configuration_error(directory)
     try:
+        _check_donor(setup, directory)
         params, _, step = restore_params(directory, setup, step)
     except StrataError as error:
         raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
     return params, step
 
 
-def state_for(steps: int, shapes: Any, directory: Path, step: int | None) -> Restored:
-    """Another run's checkpoint, for a run of `steps` updates that goes on from it: its whole state, laid out as `shapes` asks.
+def state_for(setup: Setup, shapes: Any, directory: Path, step: int | None) -> Restored:
+    """Another run's checkpoint to go on from: its whole state, laid out as `shapes` asks.
 
     Raises:
-      ConfigError: the directory is no run, has no such checkpoint or one that is not before the end, or its state does not
-        fit; with every difference.
+      ConfigError: as `params_for`, of the whole state; or the checkpoint is not before the end of the run of `setup`.
     """
     if not (directory / "config.json").is_file():
         raise configuration_error(directory)
     checkpointer = Checkpointer(directory / "checkpoints")
     try:
+        _check_donor(setup, directory)
         restored = checkpointer.restore(shapes, step)
+        if restored is None:
+            raise StrataError("it has no checkpoint yet")
+        if restored.step >= (steps := setup.config.train.steps):
+            raise StrataError(
+                f"it is at step {restored.step}, and this run ends at train.steps = {steps}: give more steps or an earlier "
+                "init_from.step"
+            )
     except StrataError as error:
         raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
     finally:
         checkpointer.close()
-    if restored is None:
-        raise ConfigError(f"init_from.run = {str(directory)!r}: it has no checkpoint yet")
-    if restored.step >= steps:
-        raise ConfigError(
-            f"init_from.run: {directory} is at step {restored.step}, and this run ends at train.steps = {steps}: give more "
-            "steps or an earlier init_from.step"
-        )
     return restored
 
 
-def converted_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int]:
-    """As `params_for`, from a run of another model, converted for that of `setup` as `init_from.convert` says."""
+def converted_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int, dict[str, float]]:
+    """As `params_for`, from a run of another model, converted for that of `setup` as `init_from.convert` says.
+
+    Returns:
+      Parameters, their step, and what the conversion lost by name.
+    """
     from trainer.convert import converted_params
 
     chosen = setup.config.init_from
     try:
         donor = load(directory, step)
-        params, _ = converted_params(donor, setup, chosen.convert, setup.config.seed)
+        params, lost = converted_params(donor, setup, chosen.convert, setup.config.seed)
     except StrataError as error:
         raise ConfigError(f"init_from.run = {str(directory)!r}: {error}") from None
-    return params, donor.step
+    return params, donor.step, lost
+
+
+def _check_donor(setup: Setup, directory: Path) -> None:
+    """Raises `ConfigError` where arrays that fit would mean something else: other text, other layers."""
+    donor = configuration.load(str(directory / "config.json")).config
+    check_tokenizer(setup, directory, donor)
+    _check_order(donor.model, setup.config.model)
+
+
+def check_tokenizer(setup: Setup, directory: Path, config: Config) -> None:
+    """Raises `ConfigError` where the run in `directory`, of `config`, was trained on text under another tokenizer."""
+    if setup.tokenizer is None or not hasattr(config.data, "tokenizer"):
+        return
+    written = RunDirectory(directory).read_json("environment.json") or {}
+    # As written: the file that the config names may have been replaced since.
+    before = written.get("data", {}).get("vocabulary") or load_tokenizer(config.data.tokenizer).fingerprint
+    if before != (now := setup.tokenizer.fingerprint):
+        names = f"{config.data.tokenizer}, vocabulary {before[:12]}; here {setup.config.data.tokenizer}, {now[:12]}"
+        raise ConfigError(f"the run has another tokenizer, so that its token ids are other text ({names})")
+
+
+def _check_order(donor: Model, model: Model) -> None:
+    """Raises `ConfigError` where parameters that fit belong to other layers: they are stacked by kind, not in order."""
+    for layer, (before, now) in enumerate(zip(order(donor.plan()), order(model.plan()), strict=False)):
+        if before != now:
+            raise ConfigError(
+                f"layers of one kind stand elsewhere in the run: layer {layer} is one of its {before} and of {now} here, "
+                "so that layers would change places"
+            )
 
 
 def configuration_error(directory: Path) -> Exception:

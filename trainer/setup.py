@@ -55,7 +55,7 @@ class Setup:
         """Graph and parameters of the run that is distilled from; None if there is none.
 
         Raises:
-          ConfigError: it is no run, has no such checkpoint, or another vocabulary.
+          ConfigError: it is no run, has no such checkpoint, or another vocabulary or tokenizer.
         """
         chosen = self.config.train.teacher
         if chosen.run is None:
@@ -67,13 +67,12 @@ class Setup:
             status = RunDirectory(chosen.run).read_status() or {}
             if chosen.step is None and status.get("state") != "finished":
                 raise ConfigError("it is not finished, so its latest checkpoint may change: give train.teacher.step")
+            runs.check_tokenizer(self, run.directory, run.config)
         except StrataError as error:
             raise ConfigError(f"train.teacher.run = {chosen.run!r}: {error}") from None
         if run.model.vocab_size != self.model.vocab_size:
             sizes = f"{run.model.vocab_size} token ids and this model {self.model.vocab_size}"
             raise ConfigError(f"train.teacher.run = {chosen.run!r} has {sizes}")
-        if run.tokenizer is not None and self.tokenizer is not None and run.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise ConfigError(f"train.teacher.run = {chosen.run!r} has another tokenizer")
         graph, state = nnx.split(run.model)
         shardings = models.parameter_shardings(run.model, self.mesh)
         return graph, jax.device_put(nnx.to_pure_dict(state), shardings)

@@ -23,7 +23,7 @@ class Layers(NamedTuple):
     """The layers (or chunks) of a suffix as functions, in a whole forward pass or in a decoding step."""
 
     every: Callable[[jax.Array], Parts]  # inputs [N, ...] -> all of them at once
-    one: Callable[[int, jax.Array], jax.Array]  # (j, input) -> the result of single layer j
+    one: Callable[[int, jax.Array], jax.Array]  # (j, input) -> the result of single layer j, twice differentiable
 
 
 class LayerParallel:
@@ -102,6 +102,8 @@ class LayerParallel:
 
         def one(position: int, h: jax.Array) -> jax.Array:
             block, context = suffix.one(position)
+            if hasattr(block.mixer, "differentiate_twice"):
+                block.mixer.differentiate_twice()
             return block(h, context)
 
         return Layers(lambda inputs: self._parts(suffix, inputs), one)

@@ -19,7 +19,9 @@ def sweep_error(strategy: Any, stack: Stack, h: jax.Array, forward: Forward) -> 
         sum over suffixes n and compared layers p of    mean over tokens |sweep_p - state_p| / max(|state_p|, 1e-6)
 
     A sum, as in the released code: more suffixes or a smaller stride weigh more. The sweep is of single layers and starts from
-    the state before the suffix, through which gradients flow.
+    the state before the suffix, through which gradients flow. The first layer of a suffix is exact after one sweep. Its term is
+    0 and is left out, which changes no value: computed, it is rounding, whose direction has a gradient of full size where the
+    states are held.
 
     Args:
       strategy: a `LayerParallel`; its options name suffixes, stride, form and whether the states are held.
@@ -36,6 +38,9 @@ def sweep_error(strategy: Any, stack: Stack, h: jax.Array, forward: Forward) -> 
     after, states = run(stack, before, forward, first=first, unroll=option.unroll, every=True)
     error = jnp.zeros((), jnp.float32)
     for count in suffixes:
+        compares = positions(count, option.stride)
+        if not compares:
+            continue
         own = states[suffixes[0] - count :]
         entered = before if count == suffixes[0] else states[suffixes[0] - count - 1]
         suffix = Suffix(stack, len(stack) - count, forward)
@@ -44,17 +49,19 @@ def sweep_error(strategy: Any, stack: Stack, h: jax.Array, forward: Forward) -> 
             compared = [(block(entered, context), own[-1])]
         else:
             swept = plain.sweeps(suffix, entered, sweeps=1)
-            compared = [(swept[p], own[p]) for p in positions(count, option.stride)]
+            compared = [(swept[p], own[p]) for p in compares]
         for estimate, state in compared:
             error += _relative(estimate, jax.lax.stop_gradient(state) if option.detach else state)
     return after, error
 
 
 def positions(count: int, stride: int) -> list[int]:
-    """Indices in a suffix of `count` layers that are compared: every `stride`-th and the last; 0: the last alone."""
-    if stride == 0:
-        return [count - 1]
-    return sorted({p for p in range(count) if (p + 1) % stride == 0} | {count - 1})
+    """Indices in a suffix of `count` layers that are compared: every `stride`-th and the last; 0: the last alone.
+
+    Never the first, which is exact: a suffix of one layer compares none.
+    """
+    wanted = {p for p in range(count) if stride and (p + 1) % stride == 0} | {count - 1}
+    return sorted(wanted - {0})
 
 
 def _relative(estimate: jax.Array, state: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from models.block import Block
 from models.placements.placement import Context
-from models.stack import Forward, Kind, Stack, taken
+from models.stack import Forward, Kind, Stack, at_once, taken
 
 Caches = dict[Kind, Any]
 
@@ -94,4 +94,4 @@ class Suffix:
             return call(self.stack.block(kind, state), self.forward.context(kind, number), *own)
 
         layer = self.forward.checkpointed(layer)
-        return jax.vmap(layer)(self.stack.gather(kind, [self.places[i] for i in members]), numbers, *inputs)
+        return at_once(layer)(self.stack.gather(kind, [self.places[i] for i in members]), numbers, *inputs)

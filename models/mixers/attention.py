@@ -24,6 +24,7 @@ class Attention(nnx.Module):
         heads, keys, size = model.query_heads, model.key_heads, model.head_units
         self.heads, self.key_heads, self.head_size = heads, keys, size
         self.theta, self.window, self.choice = option.rope_theta, option.window, option.implementation
+        self.twice = False
         axes = {"query": ("embed", "heads"), "out": ("heads", "embed")}
         for site, shape in option.projections(model).items():
             setattr(self, site, projection(model, site, axes.get(site, ("embed", "kv_heads")), shape, rngs=rngs))
@@ -35,7 +36,15 @@ class Attention(nnx.Module):
     def explain(option: options.Attention, model: options.Model, dtype: jnp.dtype, length: int) -> str:
         """Which implementation serves here, and why. Raises `ConfigError` if the one that is asked for cannot."""
         name, why = softmax.choose(option.implementation, dtype, model.head_units, length)
-        return f"attention: {name} ({why})"
+        said = f"attention: {name} ({why})"
+        if getattr(model.depth, "correction", None) == "exact":
+            other, why = softmax.choose(option.implementation, dtype, model.head_units, length, twice=True)
+            said += f"; for Jacobians {other} ({why})" if other != name else ""
+        return said
+
+    def differentiate_twice(self) -> None:
+        """From here on take an implementation that has a second derivative, or refuse the one that was asked for."""
+        self.twice = True
 
     def prepare(self, length: int, segment_ids: jax.Array | None) -> dict[str, Any]:
         """What every layer shares: rotary table and mask for positions 0 to length - 1."""
@@ -91,7 +100,8 @@ class Attention(nnx.Module):
         return rotate(q, rotary), rotate(k, rotary), v
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, decode: bool = False) -> jax.Array:
-        name = softmax.choose(self.choice, q.dtype, self.head_size, None if decode else q.shape[1])[0]
+        length = None if decode else q.shape[1]
+        name = softmax.choose(self.choice, q.dtype, self.head_size, length, twice=self.twice and not decode)[0]
         if decode and name == "cudnn":
             name = "xla"  # a decode step has a handful of queries against a cache: a fused kernel gains nothing there
         mixed = softmax.IMPLEMENTATIONS[name](q, k, v, mask, causal=not decode)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from models.stack import runs_at_once
 from strata import ConfigError
 
 QUERY_BLOCK = 256
@@ -111,8 +112,39 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: bool = False) -> jax.Array:
-    """cuDNN's fused kernel (never materialises the scores). `causal` lets it skip what the mask would hide anyway."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    """cuDNN's fused kernel (never materialises the scores). `causal` lets it skip what the mask would hide anyway.
+
+    Layers that run at once (`models.stack.at_once`) are more heads to it, since all have one mask.
+    """
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+
+    if not runs_at_once():
+        return fused(q, k, v, mask)
+    # JAX's own rule under `vmap` makes the layers more sequences, of q, k and v only: the mask keeps its batch, which cuDNN
+    # reads past its end. A function with a rule of its own has no derivative outside `vmap`, and so serves only here.
+    layered = jax.custom_batching.custom_vmap(fused)
+
+    @layered.def_vmap
+    def layers_as_heads(layers: int, batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        *qkv, mask = arrays
+        if batched[3]:
+            raise NotImplementedError("layers that run at once have one mask")
+        qkv = [x if own else jnp.broadcast_to(x[None], (layers, *x.shape)) for x, own in zip(qkv, batched[:3], strict=True)]
+        groups = qkv[1].shape[3]  # outermost, so that every query head still reads its own key head
+        mixed = fused(*(_layers_as_heads(x, groups) for x in qkv), mask)
+        mixed = mixed.reshape(*mixed.shape[:2], groups, layers, -1, mixed.shape[3])
+        return jnp.moveaxis(mixed, 3, 0).reshape(qkv[0].shape), True
+
+    return layered(q, k, v, mask)
+
+
+def _layers_as_heads(x: jax.Array, groups: int) -> jax.Array:
+    """[layers, B, T, groups * n, D] -> [B, T, groups * layers * n, D]."""
+    layers, batch, length, heads, size = x.shape
+    grouped = jnp.moveaxis(x.reshape(layers, batch, length, groups, heads // groups, size), 0, 3)
+    return grouped.reshape(batch, length, layers * heads, size)
 
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla, "cudnn": cudnn}
@@ -136,13 +168,23 @@ def why_not_cudnn(dtype: jnp.dtype, head_size: int, length: int | None = None) -
     return None
 
 
-def choose(name: str, dtype: jnp.dtype, head_size: int, length: int | None = None) -> tuple[str, str]:
-    """The implementation to use and why; `length` is that of the sequence, where it is known.
+NO_SECOND_DERIVATIVE = "it has no second derivative, which correction = 'exact' takes"
+
+
+def choose(name: str, dtype: jnp.dtype, head_size: int, length: int | None = None, *, twice: bool = False) -> tuple[str, str]:
+    """The implementation to use and why.
+
+    Args:
+      name: as asked for.
+      dtype: compute type.
+      head_size: units of a head.
+      length: of the sequence, where it is known.
+      twice: a second derivative is taken, as for products with a Jacobian by reverse mode (`corrections.exact`).
 
     Raises:
       ConfigError: `cudnn` was asked for by name and cannot serve; nothing is replaced in silence.
     """
-    reason = why_not_cudnn(dtype, head_size, length)
+    reason = why_not_cudnn(dtype, head_size, length) or (NO_SECOND_DERIVATIVE if twice else None)
     if name == "cudnn" and reason:
         raise ConfigError(f"model.mixer.implementation = 'cudnn' cannot serve: {reason}; choose auto or xla")
     if name != "auto":

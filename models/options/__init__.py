@@ -7,7 +7,7 @@ Each module holds one kind. What an options class may define beside its fields, 
 | `at(layer, layers)` | all but depth | the options of layer `layer` of `layers`; layers of equal options are stacked |
 | `even_heads` | mixer | it needs an even head size |
 | `problems_in(model)` | all | what cannot work in this `Model`, as `(field, sentence)` |
-| `for_site(site)` | norm | the options of the norm at `mixer`, `ffn`, `mixer_out`, `ffn_out`, `embedding` or `final` |
+| `for_site(site)` | norm | the norm that feeds `mixer` or `ffn`, or at `mixer_out`, `ffn_out`, `embedding`, `final` |
 | `projections(model)` | mixer, ffn | `{site: (units in, units out)}` of its linear layers |
 | `flops(model, length)` | mixer | training FLOPs a token and layer beside its projections: `(all scores, causal ones)` |
 """

@@ -10,6 +10,7 @@ generating or calling the model; what it then needs of the model is checked by `
 | `share_norms` | whether loops share what is no projection |
 | `depends_on_steps` | whether the loss depends on the length of the run, so that extending a run would change it |
 | `uses(layers)` | how often a training step evaluates each executed layer, to count its work |
+| `read_outs` | how often a training step applies the head to a token, to count its work |
 | `one_by_one` | whether decoding n tokens in one step gives what n steps of one token do, as checking drafts needs |
 | `views()` | other strategies that an evaluation also reports, by name |
 | `problems_as_request(model)` | what forbids this strategy on the weights of `model` |
@@ -36,6 +37,7 @@ class _Depth:
     adapter_scale = 1.0
     share_norms = True
     depends_on_steps = False
+    read_outs = 1
     one_by_one = True
 
     def uses(self, layers: int) -> tuple[int, ...]:
@@ -109,6 +111,11 @@ class RecursiveDepth(_Depth):
     def adapter_scale(self) -> float:
         """Factor of the adapters' product."""
         return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
+
+    @property
+    def read_outs(self) -> int:
+        """After every loop where exits are trained; a divergence between two of them needs no further logits."""
+        return 1 if self.exits == "none" else self.loops
 
     def exit_weights(self) -> tuple[float, ...]:
         """Weight of the loss after each loop, the last included."""
@@ -240,10 +247,15 @@ class LayerParallelDepth(_Depth):
         elif not self.regularizer:
             taken = {}
         elif self.compares_last_block:
-            taken = {1: len(set(self.suffixes or (self.layers,)))}
+            taken = {1: len(self._regularized)}
         else:
-            taken = dict.fromkeys(self.suffixes or (self.layers,), sweep)
+            taken = dict.fromkeys(self._regularized, sweep)
         return tuple(1 + sum(times for count, times in taken.items() if layer >= layers - count) for layer in range(layers))
+
+    @property
+    def _regularized(self) -> set[int]:
+        """Lengths of the suffixes that have an error: that of one layer is exact."""
+        return {count for count in self.suffixes or (self.layers,) if count > 1}
 
     def probe_length(self, dtype: Any) -> float:
         """`probe`, derived from the compute type when not given."""

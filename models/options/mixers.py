@@ -69,3 +69,12 @@ class Hybrid:
         for i, mixer in enumerate(self.pattern):
             if isinstance(mixer, Hybrid):
                 yield f"pattern.{i}.name", "a hybrid cannot hold a hybrid; write its mixers out"
+
+    def problems_in(self, model: Model) -> Iterator[tuple[str, str]]:
+        """Every mixer of the pattern stands in some layer."""
+        missing = self.pattern[model.unique_layers :]
+        if missing:
+            layers = f"{model.unique_layers} layer{'s' if model.unique_layers > 1 else ''}"
+            layers += f" that {model.depth.loops} loops share" if model.depth.loops > 1 else ""
+            names = ", ".join(mixer.name for mixer in missing)
+            yield "pattern", f"{len(self.pattern)} mixers are more than the {layers}: the last would be in none ({names})"

@@ -28,10 +28,11 @@ class DyT:
     """Dynamic tanh, `scale * tanh(alpha x) (+ bias)`: no statistics (Zhu et al. 2025, arXiv:2503.10622).
 
     The paper's language models start alpha higher before attention than elsewhere (0.8 and 0.2 at 7 B parameters, less
-    in larger ones) and have no bias; 0.5 everywhere with a bias is its setting for vision.
+    in larger ones) and have no bias; 0.5 everywhere with a bias is its setting for vision. They are pre-norm; in post-norm
+    placements the norm that feeds a mixer is that after the feed-forward layer before it.
     """
 
-    alpha: float = option(0.8, "initial slope of norms before the mixer", above=0)
+    alpha: float = option(0.8, "initial slope of norms that feed a mixer", above=0)
     alpha_other: float = option(0.2, "initial slope of every other norm", above=0)
     bias: bool = option(False, "learn an offset too")
 

@@ -72,8 +72,18 @@ class MixLN(_Placement):
 
     def at(self, layer: int, layers: int) -> object:
         """The placement of one layer."""
-        first = int(self.alpha * layers + 0.5)
-        return _placement(self.first if layer < first else self.rest)
+        return _placement(self.first if layer < self._count(layers) else self.rest)
+
+    def _count(self, layers: int) -> int:
+        """How many of `layers` have the first placement."""
+        return int(self.alpha * layers + 0.5)
+
+    def problems_in(self, model: Model) -> Iterator[tuple[str, str]]:
+        """A mixture has layers of both placements; a fraction of exactly 0 or 1 asks for one."""
+        layers = model.unique_layers
+        if 0 < self.alpha < 1 and self._count(layers) in (0, layers):
+            some = "none" if self._count(layers) == 0 else "all"
+            yield "alpha", f"of {layers} unique layers it rounds to {some}; give a fraction that leaves both, or exactly 0 or 1"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Only placements of one stream around each of two sub-layers can be mixed."""

@@ -21,6 +21,7 @@ class PostNorm(Placement):
     """`norm(h + mix(h))`, then `norm(h + ffn(h))` (arXiv:1706.03762)."""
 
     residual = 1.0
+    feeds = ("ffn", "mixer")  # the norm after the feed-forward layer is what the next layer's mixer reads
 
     def halves(self, h: jax.Array, mix: Sublayer, ffn: Sublayer, context: Context) -> tuple[jax.Array, jax.Array]:
         """The states after the mixer and after the feed-forward layer, each normalised."""

@@ -30,10 +30,13 @@ class Placement(nnx.Module):
     updates of several layers over the mean of their residuals, and corrections along depth ask for `transports`.
     """
 
+    feeds = ("mixer", "ffn")
+    """What reads the norm of the mixer and that of the feed-forward layer: before each, so the sub-layer itself."""
+
     def __init__(self, option: Any, model: options.Model, *, rngs: nnx.Rngs):
         del option
-        self.mixer_norm = make_norm(model, "mixer", rngs=rngs)
-        self.ffn_norm = make_norm(model, "ffn", rngs=rngs)
+        self.mixer_norm = make_norm(model, self.feeds[0], rngs=rngs)
+        self.ffn_norm = make_norm(model, self.feeds[1], rngs=rngs)
 
     def halves(self, h: jax.Array, mix: Sublayer, ffn: Sublayer, context: Context) -> tuple[jax.Array, jax.Array]:
         """The states after the mixer and after the feed-forward layer, of the shape of `h`."""

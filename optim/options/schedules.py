@@ -107,11 +107,7 @@ class WSD(Warmup):
             yield "warmup", f"a warm-up of {self.warmup} and a decay of {decay} steps do not fit in a run of {steps}"
 
     def milestones(self, steps: int) -> dict[int, str]:
-        """The end of the stable phase: weights before the decay, to evaluate, average, or start another run from.
-
-        A decay of another length is another run: `init_from` takes weights without the optimizer's state, and a run whose
-        schedule depends on its length is not extended. `wsd_s` serves several lengths in one run.
-        """
+        """The end of the stable phase, from which runs with decays of other lengths branch off (`init_from.take`)."""
         stable = steps - self.decay_steps(steps)
         return {stable: "stable"} if self.warmup < stable < steps else {}
 
@@ -260,5 +256,5 @@ class Infinite(Warmup):
             yield "anneal", f"{self.anneal} steps do not fit in a run of {steps} whose constant phase begins at {ready}"
 
     def milestones(self, steps: int) -> dict[int, str]:
-        """The state before the anneal. `init_from` takes its weights alone, without the optimizer's state."""
+        """The state before the anneal, from which a new task branches off (`init_from.take`)."""
         return {steps - self.anneal: "stable"} if self.anneal else {}

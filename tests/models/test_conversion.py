@@ -156,6 +156,10 @@ def test_other_kinds_of_donor_are_refused(config):
     loop = {"name": "recursive", "loops": 2}
     with pytest.raises(ConfigError, match="looped already"):
         converted(parts.Looped(), options(depth=loop), {}, options(depth=loop), {})
+    for rank in (0, 2):
+        with pytest.raises(ConfigError, match=r"low-rank matrices of its own \(model.depth.rank = 3\)"):
+            relaxed = {"name": "recursive", "loops": 1, "rank": 3}
+            converted(parts.Looped(), options(depth=relaxed), {}, options(depth=loop | {"rank": rank}), {})
     with pytest.raises(ConfigError, match="take zero adapters"):
         noble = {"name": "noble", "rank": 2}
         converted(parts.Looped(), options(linear=noble), {}, options(linear=noble, depth=loop | {"rank": 2}), {})

@@ -27,6 +27,10 @@ def recursive(**fields: object) -> dict:
     return {"depth": {"name": "recursive", **fields}}
 
 
+def hybrid(*names: str) -> dict:
+    return {"name": "hybrid", "pattern": [{"name": name} for name in names]}
+
+
 SIZES = {"width": 16, "layers": 6, "heads": 2, "kv_heads": 1, "ffn": {"name": "gelu", "hidden": 24}}
 
 REFUSED = {
@@ -127,6 +131,31 @@ REFUSED = {
         "expected a placement",
     ),
     "more than all layers": ({"placement": {"name": "mix", "alpha": 1.1}}, "placement.alpha", "at most 1"),
+    "Mix-LN without post-LN": (
+        {"placement": {"name": "mix", "alpha": 0.05}},
+        "placement.alpha",
+        "6 unique layers it rounds to none",
+    ),
+    "Mix-LN without pre-LN": (
+        {"placement": {"name": "mix", "alpha": 0.95}},
+        "placement.alpha",
+        "6 unique layers it rounds to all",
+    ),
+    "Mix-LN of shared layers, without post-LN": (
+        recursive(loops=6) | {"placement": {"name": "mix"}},
+        "placement.alpha",
+        "of 1 unique layers it rounds to none",
+    ),
+    "a hybrid without its last mixers": (
+        {"mixer": hybrid(*["retention"] * 6, "gla", "attention")},
+        "mixer.pattern",
+        "8 mixers are more than the 6 layers: the last would be in none (gla, attention)",
+    ),
+    "a looped hybrid without its last mixer": (
+        recursive(loops=2) | {"mixer": hybrid("gla", "gla", "gla", "attention")},
+        "mixer.pattern",
+        "the 3 layers that 2 loops share: the last would be in none (attention)",
+    ),
     "LayerNorm Scaling with scaled outputs": (
         {"placement": {"name": "lns"}, "output_init": "scaled"},
         "placement.name",
@@ -161,6 +190,9 @@ ACCEPTED = {
     "sandwich after post": {"placement": {"name": "mix", "rest": "sandwich"}},
     "HCN over streams": parallel(layers=2, correction="hcn") | {"placement": {"name": "mhc"}},
     "fused pre-norm blocks after post-norm ones": parallel(layers=4, fused=2) | {"placement": {"name": "mix"}},
+    "Mix-LN of one kind, asked for": {"placement": {"name": "mix", "alpha": 1.0}},
+    "Mix-LN with one layer of the other kind": {"placement": {"name": "mix", "alpha": 0.9}},
+    "a pattern as long as the loop": recursive(loops=2) | {"mixer": hybrid("gla", "gla", "attention")},
     "fused streams": parallel(layers=4, fused=2, correction="hcn") | {"placement": {"name": "mhc"}},
 }
 

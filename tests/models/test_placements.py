@@ -410,6 +410,27 @@ def test_slopes_of_dyt_start_higher_before_the_mixer():
     assert slopes == {"mixer": pytest.approx(0.6), "ffn": pytest.approx(0.15), "final": pytest.approx(0.15)}
 
 
+@pytest.mark.parametrize(
+    ("placement", "feeding", "other"),
+    [
+        ("pre", ["mixer_norm"], ["ffn_norm"]),
+        ("post", ["ffn_norm"], ["mixer_norm"]),
+        ("deepnorm", ["ffn_norm"], ["mixer_norm"]),
+        ("sandwich", ["mixer_norm"], ["ffn_norm", "mixer_out_norm", "ffn_out_norm"]),
+        ("parallel", ["norm"], []),
+    ],
+)
+def test_the_norm_that_feeds_a_mixer_has_its_slope_wherever_it_stands(config, params, placement, feeding, other):
+    fields = config(width=8, heads=1, norm={"name": "dyt"}, placement={"name": placement})
+    found = {
+        path: float(value[0])
+        for path, value in params(models.build(fields, vocab_size=11, seed=0)).items()
+        if ".placement." in path and path.endswith("alpha")
+    }
+    slopes = {name: 0.8 for name in feeding} | {name: 0.2 for name in other}
+    assert found == {f"blocks.block0.placement.{name}.alpha": pytest.approx(slope) for name, slope in slopes.items()}
+
+
 def test_the_streams_of_mhc_start_as_in_the_released_code():
     option, model = options.HyperConnections(), options.Model(width=8, layers=4)
     weights = [Static(option, model, sub, rngs=nnx.Rngs(0)) for sub in (0, 1)]

@@ -146,11 +146,20 @@ def test_conversion_refuses_with_the_reason_and_leaves_nothing(donor, tmp_path):
         (("--to", "lopped"), "registered are looped"),
         (("--to", '{"name": "lopped"}'), "registered are looped"),
         (("--to", '{"name": "looped", "initial": "first"}'), "--to.initial"),
+        (
+            ("--initial", "average", "--to", '{"name": "looped", "initial": "lower"}'),
+            "--initial is average, and --to has .*'lower'",
+        ),
+        (("--adapters", "zero", "--to", '{"name": "looped", "adapters": "svd"}'), "--adapters is zero, and --to has .*'svd'"),
     ]:
         with pytest.raises(ConfigError, match=sentence):
             converted(*arguments)
         assert not (tmp_path / "out").exists()
-    converted("--loops", "2")
+    for seed in ("-1", "x", str(2**31)):
+        with pytest.raises(SystemExit) as exit:
+            converted("--seed", seed)
+        assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    converted("--loops", "2", "--initial", "lower", "--to", '{"name": "looped", "initial": "lower"}')
     with pytest.raises(ConfigError, match="holds a run already"):
         converted("--loops", "2")
 

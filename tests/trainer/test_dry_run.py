@@ -144,6 +144,25 @@ def test_blocks_are_counted_as_often_as_the_depth_strategy_evaluates_them():
     assert uses(trained) == 4 + 2  # the last block alone, for each suffix
     assert uses(trained | {"form": "paper"}) == uses(trained | {"stride": 2}) == 4 + 2 + 3
     assert uses(trained | {"suffixes": []}) == 4 + 1
+    assert uses(trained | {"suffixes": [1]}) == 4  # exact, so compared with nothing
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_counted_for_every_trained_exit(tied):
+    def flops(**depth):
+        config = {
+            "width": 16,
+            "heads": 2,
+            "layers": 6,
+            "tie_embeddings": tied,
+            "depth": {"name": "recursive", "loops": 3} | depth,
+        }
+        return training_flops(models.abstract(config, vocab_size=12), 16)
+
+    plain, trained = flops(), flops(exits="weighted")
+    assert plain.head == 6 * 16 * 12 and trained.head == 3 * plain.head
+    assert trained.products - plain.products == 2 * plain.head and trained.causal == plain.causal
+    assert flops(exits="aggressive", exit_distillation=0.5) == trained
 
 
 def test_a_pattern_is_counted_at_the_places_of_its_layers():

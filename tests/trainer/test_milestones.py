@@ -151,7 +151,7 @@ def test_a_branch_may_go_on_with_other_data_from_its_beginning(config, tmp_path)
         ({"init_from": {"take": "all"}}, "there is no run to branch off"),
         ({"init_from": {"run": "DONOR", "take": "all", "convert": {"name": "looped"}}}, "is that of the other model"),
         ({"init_from": {"run": "DONOR", "take": "all", "step": 5}}, "would branch off here, but ends at train.steps = 5"),
-        ({"init_from": {"run": "DONOR", "take": "all"}, "train": {"steps": 3}}, "is at step 3, and this run ends at"),
+        ({"init_from": {"run": "DONOR", "take": "all"}, "train": {"steps": 3}}, "it is at step 3, and this run ends at"),
         ({"init_from": {"run": "DONOR", "take": "all", "step": 2}}, "Good steps here: 3"),
         (
             {"init_from": {"run": "DONOR", "take": "all"}, "optimizer": {"direction": {"name": "adamw"}}},
