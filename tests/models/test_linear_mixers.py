@@ -14,6 +14,7 @@ from flax import nnx
 import kernels
 import models
 from models.construct import resolve_model
+from models.mixers.constant_decay import elu1
 from models.mixers.short_convolution import ShortConvolution, same_document
 from strata import ConfigError, implementation
 
@@ -302,6 +303,20 @@ def test_a_back_end_that_cannot_serve_is_refused_not_replaced():
     mixer = make(asked)
     with pytest.raises(ConfigError, match="mosaic_gpu"):
         mixer(drawn[:1], mixer.prepare(LENGTH, None))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("bfloat16", 1e-2), ("float32", 1e-6)])
+def test_elu_plus_one_keeps_its_digits_far_below_zero(dtype, tolerance):
+    x = jnp.asarray(np.linspace(-20, 4, 97), dtype)
+    exact = np.asarray(x, np.float64)
+    expected, slope = np.where(exact > 0, exact + 1, np.exp(exact)), np.where(exact > 0, 1.0, np.exp(exact))
+    for function in (elu1, jax.jit(elu1)):
+        found = function(x)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=tolerance)
+        gradient = jax.grad(lambda x, function=function: jnp.sum(function(x).astype(jnp.float32)))(x)
+        np.testing.assert_allclose(np.asarray(gradient, np.float64), slope, rtol=tolerance)
+    assert np.isfinite(np.asarray(jax.grad(lambda x: elu1(x))(jnp.float32(1000.0))))
 
 
 def test_noble_and_lora_stand_for_the_projections_and_nothing_else():
