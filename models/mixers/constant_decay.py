@@ -31,7 +31,7 @@ class FeatureMap(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, heads, K] -> [B, T, heads, 2 K]."""
-        return kernels.hedgehog(x, self.kernel[...], self.bias[...][None, None])
+        return kernels.hedgehog(x, self.kernel[...], self.bias[...])
 
 
 def elu1(x: jax.Array) -> jax.Array:
