@@ -57,9 +57,9 @@ class Call:
     output_final_state: bool
     chunk_size: int | None
     interpret: Any
-    platform: str  # of the default device
+    platform: str  # of the device in question, `default_device`
     device: str  # its name in tuning tables
-    capability: str  # compute capability of the default device; empty where there is none
+    capability: str  # its compute capability; empty where there is none
     devices: int  # that XLA may split the call over; 1 within a `jax.shard_map` that has split it already
 
     @property
@@ -154,7 +154,7 @@ def checked(
     wrong += _wrong_options(scale, chunk_size)
     if wrong:
         raise refused(name, wrong)
-    device = jax.local_devices()[0]
+    device = default_device()
     return Call(
         op=op,
         decay=decay,
@@ -173,7 +173,7 @@ def checked(
         output_final_state=bool(output_final_state),
         chunk_size=None if chunk_size is None else int(chunk_size),
         interpret=None if interpret is False else interpret,
-        platform=jax.default_backend(),
+        platform=device.platform,
         device=device_name(device.device_kind, device.platform),
         capability=str(getattr(device, "compute_capability", "")),
         devices=1 if _split_already(tensors) else jax.device_count(),
@@ -190,6 +190,17 @@ def _split_already(tensors: Tensors) -> bool:
         return False
     avals = (getattr(x, "aval", x) for x in tensors if x is not None)
     return not any(getattr(getattr(aval, "manual_axis_type", None), "varying", None) for aval in avals)
+
+
+def default_device() -> jax.Device:
+    """The device of a computation that nothing places elsewhere: that of `jax.default_device`, if it is set, or the first one.
+
+    Under a mesh it is the first one: there JAX does not ask `jax.default_device`.
+    """
+    chosen = jax.config.jax_default_device if jax.sharding.get_abstract_mesh().empty else None
+    if chosen is None or isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
 
 
 def refused(op: str, wrong: list[str]) -> ConfigError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -273,3 +274,14 @@ def test_weights_of_wrong_shapes_are_refused_with_the_shapes_that_there_are():
     refuse("query_weight has dtype int32", kernels.hedgehog_attention, q, q, v, eye.astype(np.int32), eye)
     refuse(r"gain is of shape \[3, 6\]; expected an array \[HV, V\] = \[4, 6\]", kernels.transnormer_attention, q, q, v, gain)
     refuse("gain is of shape", kernels.transnormer_attention_step, q[:, 0], q[:, 0], v[:, 0], None, gain)
+
+
+def test_a_call_is_of_the_device_that_jax_default_device_names(monkeypatch):
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    cpu, real = jax.local_devices()[0], jax.local_devices
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [tpu] if backend is None else real(backend=backend))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert kernels.explain("linear_attention", Q, Q, V).backend == "tpu"
+    for device in (cpu, "cpu"):
+        with jax.default_device(device):
+            assert kernels.explain("linear_attention", Q, Q, V).backend == "xla"
