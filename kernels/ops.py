@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from kernels import decays, registry
 from kernels.arguments import Call, Decay, Tensors, checked, refused, value_heads, wrong_array
 from kernels.running import running_logsumexp
+from kernels.varying import varying_alike
 from strata.errors import ConfigError
 from strata.resolve import nearest
 
@@ -372,11 +373,11 @@ def _call(
 
 
 def _arrays(tensors: Tensors) -> Tensors:
-    """JAX arrays."""
+    """JAX arrays, all varying over the axes of a `jax.shard_map` that one of them varies over."""
     arrays = Tensors(*(None if x is None else jnp.asarray(x) for x in tensors))
     if arrays.cu_seqlens is not None:  # offsets are subtracted, and compared with T: unsigned or short integers will not do
         arrays = arrays._replace(cu_seqlens=arrays.cu_seqlens.astype(jnp.int32))
-    return arrays
+    return varying_alike(arrays)
 
 
 def _run(
