@@ -39,7 +39,15 @@ EVERYTHING = list(itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segmen
 
 
 def check_kernel(
-    problem, rms, op: str, length: int, sequences: str, chunk_size: int | None, dtype: str, regimes=REGIMES, tolerance=TOLERANCE
+    problem,
+    row_rms,
+    op: str,
+    length: int,
+    sequences: str,
+    chunk_size: int | None,
+    dtype: str,
+    regimes=REGIMES,
+    tolerance=TOLERANCE,
 ) -> None:
     given = problem(op, length, sequences, key_size=16, value_size=8, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
@@ -60,28 +68,28 @@ def check_kernel(
         expected, expected_slopes = gradients(exact, backend="reference")
     forward, backward = tolerance[dtype]
     for found, wanted in zip(results, expected, strict=True):
-        assert rms(found, wanted) < forward
+        assert row_rms(found, wanted) < forward
     for found, wanted in zip(slopes, expected_slopes, strict=True):
-        assert rms(found, wanted) < backward
+        assert row_rms(found, wanted) < backward
 
 
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype", COVERING)
-def test_interpreted_kernels_are_close_to_the_float64_recurrence(problem, rms, op, length, sequences, chunk_size, dtype):
-    check_kernel(problem, rms, op, length, sequences, chunk_size, dtype)
+def test_interpreted_kernels_are_close_to_the_float64_recurrence(problem, row_rms, op, length, sequences, chunk_size, dtype):
+    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype)
 
 
 @pytest.mark.parametrize(
     "op,dtype",
     [("delta_rule", "float32"), ("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")],
 )
-def test_reflections_along_one_key_keep_their_digits(problem, rms, op, dtype):
-    check_kernel(problem, rms, op, 65, "one", 32, dtype, UNDAMPED, UNDAMPED_TOLERANCE)
+def test_reflections_along_one_key_keep_their_digits(problem, row_rms, op, dtype):
+    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, UNDAMPED, UNDAMPED_TOLERANCE)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype", EVERYTHING)
-def test_interpreted_kernels_in_the_full_product(problem, rms, op, length, sequences, chunk_size, dtype):
-    check_kernel(problem, rms, op, length, sequences, chunk_size, dtype)
+def test_interpreted_kernels_in_the_full_product(problem, row_rms, op, length, sequences, chunk_size, dtype):
+    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype)
 
 
 @pytest.mark.parametrize(
