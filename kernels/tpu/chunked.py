@@ -84,7 +84,7 @@ def form_of(call: Call) -> Form:
         segmented=call.segmented,
         scale=call.scale,
         chunk=min(tuned(call, "tpu").chunk_size, whole),
-        heads=heads_a_step(decay, call.delta, call.value_heads),
+        heads=heads_a_step(decay, call.delta, call.value_heads, call.dtype, call.key_size, call.value_size),
         exact=call.dtype == "float32",
         interpret=call.interpret,
     )
