@@ -4,6 +4,7 @@
     python -m benchmarks.linear_attention --gpu_shapes --dtype bfloat16    # the four shapes of the comparison with fla
     python -m benchmarks.linear_attention --chunks 16 32 64  # which chunk size
     python -m benchmarks.linear_attention --inverse          # the study of triangular inversion: errors only
+    python -m benchmarks.linear_attention --reflections      # errors where a delta rule is ill-conditioned, by length
 
 Contestants run in one process in short alternating segments, forward and forward + backward (gradients of a sum of
 squares with respect to all inputs). The ratio of times is taken within each round. The Pallas back-ends take part where they
@@ -289,6 +290,45 @@ def inversion(sizes: list[int], seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def reflections(lengths: list[int], seeds: int) -> list[dict[str, Any]]:
+    """Worst relative RMS over the seeds of `delta_rule` in float32 with one key, beta = 2 and no decay, against float64.
+
+    One head, K = 16, V = 8. `results` are output and final state, `gradients` those of all inputs for a sum of sines of the
+    output and a sum of the state.
+    """
+
+    def run(backend: str) -> Run:
+        def objective(x: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            o, final = kernels.delta_rule(*x, output_final_state=True, backend=backend)
+            return jnp.sum(jnp.sin(o)) + jnp.sum(final), (o, final)
+
+        return jax.jit(jax.grad(objective, has_aux=True))
+
+    def worst(found: Any, exact: Any) -> float:
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+        return max(float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)) for x, y in pairs)
+
+    rows = []
+    for length in lengths:
+        errors = {name: {"results": 0.0, "gradients": 0.0} for name in ("xla", "reference")}
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            key = rng.standard_normal(16)
+            k = np.broadcast_to(key / np.linalg.norm(key), (1, length, 1, 16))
+            q, v = (rng.standard_normal((1, length, 1, size)) for size in (16, 8))
+            x = tuple(y.astype(np.float32) for y in (q, k, v, np.full((1, length, 1), 2.0)))
+            with jax.enable_x64(True):
+                exact = jax.tree.map(np.asarray, run("reference")(tuple(y.astype(np.float64) for y in x)))
+            for name, kept in errors.items():
+                for what, found, wanted in zip(("gradients", "results"), run(name)(x), exact, strict=True):
+                    kept[what] = max(kept[what], worst(found, wanted))
+        rows.append({"length": length, "errors": errors})
+    columns = [f"{name}, {what}" for name in ("xla", "reference") for what in ("results", "gradients")]
+    shown = [[row["length"], *(f"{e:.0e}" for kept in row["errors"].values() for e in kept.values())] for row in rows]
+    show(f"one key, beta = 2, no decay, float32, worst relative error of {seeds}", ["T", *columns], shown)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     arguments = parser(__doc__)
@@ -305,16 +345,23 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--seconds", type=float, default=0.5, help="length of a segment")
     arguments.add_argument("--chunks", type=int, nargs="+", default=[], help="compare these chunk sizes, nothing else")
     arguments.add_argument("--inverse", action="store_true", help="errors of triangular inversion, nothing else")
-    arguments.add_argument("--seeds", type=int, default=8, help="with --inverse: matrices of each kind")
+    arguments.add_argument("--reflections", action="store_true", help="errors with one key and beta = 2, nothing else")
+    arguments.add_argument("--seeds", type=int, default=8, help="with --inverse or --reflections: draws of each kind")
     options = arguments.parse_args(argv)
     if options.inverse:
         found = {"seeds": options.seeds, "errors": inversion([64, 128], options.seeds)}
         write_result("triangular_inverse", found, options.out)
         return
+    if options.reflections:
+        found = {"seeds": options.seeds, "errors": reflections([65, 200, 512, 2048], options.seeds)}
+        write_result("reflections", found, options.out)
+        return
     jla = importlib.metadata.version("jax-linear-attention") if importlib.util.find_spec("jla") else None
     if jla is None and not options.chunks:
         print("jax-linear-attention is not installed and was not measured: pip install jax-linear-attention (jax 0.11.2)")
-    shown = {name: value for name, value in vars(options).items() if name not in ("out", "ops", "inverse", "seeds")}
+    shown = {
+        name: value for name, value in vars(options).items() if name not in ("out", "ops", "inverse", "reflections", "seeds")
+    }
     shapes = GPU_SHAPES if options.gpu_shapes else ((options.batch, options.length, options.heads, options.size),)
     results = [speed(op, shape, options) for op in options.ops for shape in shapes]
     name = "linear_attention_chunks" if options.chunks else f"linear_attention-jax-{jax.__version__}"

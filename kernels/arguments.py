@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from typing import Any, Literal, NamedTuple
 
@@ -56,9 +57,9 @@ class Call:
     output_final_state: bool
     chunk_size: int | None
     interpret: Any
-    platform: str  # of the default device
+    platform: str  # of the device in question, `default_device`
     device: str  # its name in tuning tables
-    capability: str  # compute capability of the default device; empty where there is none
+    capability: str  # its compute capability; empty where there is none
     devices: int  # that XLA may split the call over; 1 within a `jax.shard_map` that has split it already
 
     @property
@@ -77,6 +78,33 @@ class Call:
         return np.dtype("float64" if self.dtype == "float64" else "float32")
 
 
+def value_heads(op: str, q: Any, k: Any, v: Any, *, step: bool = False) -> int:
+    """HV of a call whose q, k and v are at least arrays of the right number of dimensions, none of them empty.
+
+    Args:
+      op: the name of the function that was called.
+      step: the arrays are those of one token, without T.
+
+    Raises:
+      ConfigError: they are not; all mistakes are listed.
+    """
+    wrong: list[str] = []
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        sizes = f"[{'B' if step else 'B, T'}, {'HV, V' if name == 'v' else 'H, K'}]"
+        if not _is_array(array):
+            wrong.append(f"{name} is a {type(array).__name__}; expected an array {sizes}")
+            continue
+        if len(array.shape) != (3 if step else 4):
+            wrong.append(f"{name} has shape {list(array.shape)}; expected {sizes}")
+        elif 0 in array.shape:
+            wrong.append(f"{name} has shape {list(array.shape)}; it must not be empty in any dimension")
+        if str(array.dtype) not in DTYPES:
+            wrong.append(f"{name} has dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
+    if wrong:
+        raise refused(op, wrong)
+    return v.shape[-2]
+
+
 def checked(
     op: str,
     tensors: Tensors,
@@ -87,53 +115,46 @@ def checked(
     output_final_state: bool,
     chunk_size: int | None,
     interpret: Any,
+    step: bool = False,
 ) -> Call:
     """The call that `tensors` make. Only shapes and dtypes are read, so `jax.ShapeDtypeStruct` will do.
+
+    With `step` the arrays are those of one token, without T, and so are the shapes in messages.
 
     Raises:
       ConfigError: shapes, dtypes or options do not fit together; all mistakes are listed.
     """
-    wrong: list[str] = []
+    name = f"{op}_step" if step else op
     q, k, v = tensors.q, tensors.k, tensors.v
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if len(array.shape) != 4:
-            wrong.append(f"{name} has shape {list(array.shape)}; expected [B, T, {'HV, V' if name == 'v' else 'H, K'}]")
-        if str(array.dtype) not in DTYPES:
-            wrong.append(f"{name} has dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
-    if wrong:
-        raise _refused(op, wrong)
-    batch, length, heads, key_size = q.shape
-    value_heads, value_size = v.shape[2:]
+    values = value_heads(name, q, k, v, step=step)
+    wrong: list[str] = []
+    rows = q.shape[:-2]
+    batch, length = rows[0], 1 if step else rows[1]
+    heads, key_size = q.shape[-2:]
+    value_size = v.shape[-1]
     if k.shape != q.shape:
         wrong.append(f"k has shape {list(k.shape)}; expected that of q, {list(q.shape)}")
-    if v.shape[:2] != q.shape[:2]:
-        wrong.append(f"v has shape {list(v.shape)}; expected B, T = {list(q.shape[:2])} as in q")
+    if v.shape[:-2] != rows:
+        wrong.append(f"v has shape {list(v.shape)}; expected {'B' if step else 'B, T'} = {list(rows)} as in q")
     if not str(q.dtype) == str(k.dtype) == str(v.dtype):
         wrong.append(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one dtype")
-    if 0 in (*q.shape, *v.shape):
-        wrong.append(f"q {list(q.shape)} and v {list(v.shape)} must not be empty in any dimension")
-    elif value_heads % heads:
-        wrong.append(f"v has {value_heads} heads; expected a multiple of the {heads} heads of q and k")
-    gate = (batch, length, value_heads)
+    if values % heads:
+        wrong.append(f"v has {values} heads; expected a multiple of the {heads} heads of q and k")
+    gate = (*rows, values)
     if decay != "none":
-        shape = {"constant": (value_heads,), "scalar": gate, "vector": (*gate, key_size)}[decay]
-        wrong += _wrong_gate("decay" if decay == "constant" else "g", tensors.g, shape)
+        shape = {"constant": (values,), "scalar": gate, "vector": (*gate, key_size)}[decay]
+        wrong += wrong_array("decay" if decay == "constant" else "g", tensors.g, shape)
     if delta:
-        wrong += _wrong_gate("beta", tensors.beta, gate)
-    wrong += _wrong_sequences(tensors, batch, length)
-    sequences = None if tensors.cu_seqlens is None else max(tensors.cu_seqlens.shape[0] - 1, 1)
+        wrong += wrong_array("beta", tensors.beta, gate)
+    sequences, mistakes = _sequences(tensors, batch, length)
+    wrong += mistakes
     if tensors.initial_state is not None:
-        shape = (sequences or batch, value_heads, key_size, value_size)
-        wrong += _wrong_gate("initial_state", tensors.initial_state, shape)
-    if scale is not None and not isinstance(scale, numbers.Real):
-        wrong.append(f"scale is a {type(scale).__name__}; expected a Python number (multiply q by a learned scale)")
-    if chunk_size is not None and not (
-        isinstance(chunk_size, int) and 1 <= chunk_size <= LARGEST_CHUNK and chunk_size & (chunk_size - 1) == 0
-    ):
-        wrong.append(f"chunk_size = {chunk_size!r}; expected a power of two of at most {LARGEST_CHUNK}")
+        shape = (sequences or batch, values, key_size, value_size)
+        wrong += wrong_array("state" if step else "initial_state", tensors.initial_state, shape)
+    wrong += _wrong_options(scale, chunk_size)
     if wrong:
-        raise _refused(op, wrong)
-    device = jax.local_devices()[0]
+        raise refused(name, wrong)
+    device = default_device()
     return Call(
         op=op,
         decay=decay,
@@ -141,7 +162,7 @@ def checked(
         batch=batch,
         length=length,
         heads=heads,
-        value_heads=value_heads,
+        value_heads=values,
         key_size=key_size,
         value_size=value_size,
         dtype=str(q.dtype),
@@ -150,9 +171,9 @@ def checked(
         sequences=sequences,
         stateful=tensors.initial_state is not None,
         output_final_state=bool(output_final_state),
-        chunk_size=chunk_size,
+        chunk_size=None if chunk_size is None else int(chunk_size),
         interpret=None if interpret is False else interpret,
-        platform=jax.default_backend(),
+        platform=device.platform,
         device=device_name(device.device_kind, device.platform),
         capability=str(getattr(device, "compute_capability", "")),
         devices=1 if _split_already(tensors) else jax.device_count(),
@@ -171,41 +192,83 @@ def _split_already(tensors: Tensors) -> bool:
     return not any(getattr(getattr(aval, "manual_axis_type", None), "varying", None) for aval in avals)
 
 
-def _refused(op: str, wrong: list[str]) -> ConfigError:
+def default_device() -> jax.Device:
+    """The device of a computation that nothing places elsewhere: that of `jax.default_device`, if it is set, or the first one.
+
+    Under a mesh it is the first one: there JAX does not ask `jax.default_device`.
+    """
+    chosen = jax.config.jax_default_device if jax.sharding.get_abstract_mesh().empty else None
+    if chosen is None or isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
+
+
+def refused(op: str, wrong: list[str]) -> ConfigError:
+    """The error that lists what is wrong with a call of `kernels.<op>`."""
     return ConfigError(f"kernels.{op} cannot run:" + "".join(f"\n  {sentence}" for sentence in wrong))
 
 
-def _wrong_gate(name: str, array: Any, shape: tuple[int, ...]) -> list[str]:
+def _is_array(x: Any) -> bool:
+    """Or a stand-in for one. Lists and Python numbers are none: what dtype they would get is a guess."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def wrong_array(name: str, array: Any, shape: tuple[int, ...], sizes: str = "") -> list[str]:
+    """Sentences about what is wrong with a gate or a state of floating numbers; `sizes` names the dimensions of `shape`."""
+    expected = f"{sizes} = {list(shape)}" if sizes else f"{list(shape)}"
     if array is None:
-        return [f"{name} is missing; expected shape {list(shape)}"]
+        return [f"{name} is missing; expected shape {expected}"]
+    if not _is_array(array):
+        return [f"{name} is a {type(array).__name__}; expected an array of shape {expected}"]
     wrong = []
     if tuple(array.shape) != shape:
-        wrong.append(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
+        wrong.append(f"{name} has shape {list(array.shape)}; expected {expected}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         wrong.append(f"{name} has dtype {array.dtype}; expected a floating one")
     return wrong
 
 
-def _wrong_sequences(tensors: Tensors, batch: int, length: int) -> list[str]:
-    segment_ids, cu_seqlens = tensors.segment_ids, tensors.cu_seqlens
+def _wrong_options(scale: Any, chunk_size: Any) -> list[str]:
     wrong = []
-    if segment_ids is not None and cu_seqlens is not None:
-        wrong.append("segment_ids and cu_seqlens are two ways to say the same; give one")
-    if segment_ids is not None:
-        if tuple(segment_ids.shape) != (batch, length):
-            wrong.append(f"segment_ids has shape {list(segment_ids.shape)}; expected B, T = {[batch, length]}")
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            wrong.append(f"segment_ids has dtype {segment_ids.dtype}; expected an integer one")
-    if cu_seqlens is not None:
-        if batch != 1:
-            wrong.append(f"cu_seqlens needs the sequences packed into one row; q has B = {batch}")
-        if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
-            wrong.append(f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [N + 1] with N >= 1")
-        elif not jnp.issubdtype(cu_seqlens.dtype, jnp.integer):
-            wrong.append(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected an integer one")
-        elif not isinstance(cu_seqlens, jax.core.Tracer | jax.ShapeDtypeStruct):
-            # Under a trace the numbers are not there to be read; then this is the caller's promise.
-            offsets = np.asarray(cu_seqlens)
-            if offsets[0] != 0 or offsets[-1] != length or (np.diff(offsets) < 0).any():
-                wrong.append(f"cu_seqlens = {offsets.tolist()}; expected 0 = first <= ... <= last = T = {length}")
+    if scale is not None and (not isinstance(scale, numbers.Real) or isinstance(scale, bool)):
+        wrong.append(f"scale is a {type(scale).__name__}; expected a Python number (multiply q by a learned scale)")
+    elif scale is not None and not math.isfinite(scale):
+        wrong.append(f"scale = {scale}; expected a finite number")
+    # A bool is an int in Python, and a size is no bool.
+    whole = isinstance(chunk_size, numbers.Integral) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and not (whole and 1 <= chunk_size <= LARGEST_CHUNK and chunk_size & (chunk_size - 1) == 0):
+        wrong.append(f"chunk_size = {chunk_size!r}; expected a power of two of at most {LARGEST_CHUNK}")
     return wrong
+
+
+def _sequences(tensors: Tensors, batch: int, length: int) -> tuple[int | None, list[str]]:
+    """N of `cu_seqlens`, if there is one, and sentences about what is wrong with it or with `segment_ids`."""
+    wrong, given = [], {}
+    for name in ("segment_ids", "cu_seqlens"):
+        array = getattr(tensors, name)
+        if array is None:
+            continue
+        if not _is_array(array):
+            wrong.append(f"{name} is a {type(array).__name__}; expected an array of integers")
+        elif not jnp.issubdtype(array.dtype, jnp.integer):
+            wrong.append(f"{name} has dtype {array.dtype}; expected an integer one")
+        else:
+            given[name] = array
+    if tensors.segment_ids is not None and tensors.cu_seqlens is not None:
+        wrong.append("segment_ids and cu_seqlens are two ways to say the same; give one")
+    if "segment_ids" in given and tuple(given["segment_ids"].shape) != (batch, length):
+        wrong.append(f"segment_ids has shape {list(given['segment_ids'].shape)}; expected B, T = {[batch, length]}")
+    if "cu_seqlens" not in given:
+        return None, wrong
+    cu_seqlens = given["cu_seqlens"]
+    if batch != 1:
+        wrong.append(f"cu_seqlens needs the sequences packed into one row; q has B = {batch}")
+    if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
+        return None, [*wrong, f"cu_seqlens has shape {list(cu_seqlens.shape)}; expected [N + 1] with N >= 1"]
+    if not isinstance(cu_seqlens, jax.core.Tracer | jax.ShapeDtypeStruct):
+        # Under a trace the numbers are not there to be read; then this is the caller's promise. The difference of two unsigned
+        # numbers is never negative.
+        offsets = np.asarray(cu_seqlens).astype(np.int64)
+        if offsets[0] != 0 or offsets[-1] != length or (np.diff(offsets) < 0).any():
+            wrong.append(f"cu_seqlens = {offsets.tolist()}; expected 0 = first <= ... <= last = T = {length}")
+    return cu_seqlens.shape[0] - 1, wrong

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels.arguments import refused, value_heads, wrong_array
 from kernels.ops import linear_attention
 from kernels.steps import linear_attention_step
 
@@ -21,8 +22,23 @@ def hedgehog(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> 
 
     Returns:
       [..., H, 2K], positive, each row sums to one; the dtype of x, computed in at least float32.
+
+    Raises:
+      ConfigError: weight or bias is not of such a shape.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if not hasattr(x, "shape") or len(x.shape) < 2:
+        raise refused("hedgehog", [f"x is {_seen(x)}; expected an array [..., H, K]"])
+    return _features("hedgehog", "weight", x, weight, bias)
+
+
+def _features(function: str, name: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    heads, size = x.shape[-2:]
+    wrong = _wrong_weight(name, weight, {"[K, K]": (size, size), "[H, K, K]": (heads, size, size)})
+    if bias is not None:
+        wrong += _wrong_weight("bias", bias, {"[K]": (size,), "[H, K]": (heads, size)})
+    if wrong:
+        raise refused(function, wrong)
+    wide = jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     one_for_all = weight.ndim == 2
     y = jnp.einsum("...hk,kl->...hl" if one_for_all else "...hk,hkl->...hl", wide, weight.astype(wide.dtype))
     if bias is not None:
@@ -46,9 +62,8 @@ def hedgehog_attention(
       q, k, v and `options`: as `kernels.linear_attention`; the weights as `hedgehog`.
       normalize: divide by phi(q) z. Then v gets a column of ones, and the state is [B or N,HV,2K,V+1]; else [...,2K,V].
     """
-    dtype = v.dtype
-    q, k, v = map(_roomy, (q, k, v))
-    o, state = linear_attention(hedgehog(q, query_weight), hedgehog(k, key_weight), _with_ones(v, normalize), **options)
+    dtype, (q, k, v) = _prepared("hedgehog_attention", q, k, v, query_weight, key_weight)
+    o, state = linear_attention(q, k, _with_ones(v, normalize), **options)
     return _divided(o, normalize).astype(dtype), state
 
 
@@ -64,11 +79,8 @@ def hedgehog_attention_step(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `hedgehog_attention`."""
-    dtype = v.dtype
-    q, k, v = map(_roomy, (q, k, v))
-    o, state = linear_attention_step(
-        hedgehog(q, query_weight), hedgehog(k, key_weight), _with_ones(v, normalize), state, scale=scale
-    )
+    dtype, (q, k, v) = _prepared("hedgehog_attention_step", q, k, v, query_weight, key_weight)
+    o, state = linear_attention_step(q, k, _with_ones(v, normalize), state, scale=scale)
     return _divided(o, normalize).astype(dtype), state
 
 
@@ -82,6 +94,7 @@ def transnormer_attention(
     Args:
       q, k, v and `options`: as `kernels.linear_attention`. gain: [HV, V], or None for one.
     """
+    _check_gain("transnormer_attention", q, k, v, gain)
     o, state = linear_attention(*map(_roomy, (q, k, v)), **({"scale": 1.0} | options))
     return _normed(o, gain, epsilon).astype(v.dtype), state
 
@@ -97,8 +110,37 @@ def transnormer_attention_step(
     scale: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `transnormer_attention`."""
+    _check_gain("transnormer_attention_step", q, k, v, gain)
     o, state = linear_attention_step(*map(_roomy, (q, k, v)), state, scale=scale)
     return _normed(o, gain, epsilon).astype(v.dtype), state
+
+
+def _prepared(function: str, q: Any, k: Any, v: Any, query_weight: Any, key_weight: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The dtype of v, and Hedgehog's features of q and k, and v."""
+    value_heads(function, q, k, v, step=function.endswith("_step"))
+    dtype = v.dtype
+    q, k, v = map(_roomy, (q, k, v))
+    query, key = (_features(function, *x) for x in (("query_weight", q, query_weight), ("key_weight", k, key_weight)))
+    return dtype, (query, key, v)
+
+
+def _check_gain(function: str, q: Any, k: Any, v: Any, gain: Any) -> None:
+    value_heads(function, q, k, v, step=function.endswith("_step"))
+    wrong = [] if gain is None else _wrong_weight("gain", gain, {"[HV, V]": tuple(v.shape[-2:])})
+    if wrong:
+        raise refused(function, wrong)
+
+
+def _wrong_weight(name: str, array: Any, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Sentences about what is wrong with an array that may have any of some shapes, each with the names of its sizes."""
+    if not hasattr(array, "shape") or tuple(array.shape) not in shapes.values():
+        expected = " or ".join(f"{names} = {list(shape)}" for names, shape in shapes.items())
+        return [f"{name} is {_seen(array)}; expected an array {expected}"]
+    return wrong_array(name, array, tuple(array.shape))
+
+
+def _seen(x: Any) -> str:
+    return f"of shape {list(x.shape)}" if hasattr(x, "shape") else f"a {type(x).__name__}"
 
 
 def _roomy(x: jax.Array) -> jax.Array:

@@ -47,15 +47,21 @@ def triangular_inverse(lower: jax.Array, method: str = "auto", *, operand_dtype:
       [..., C, C] in the dtype of `lower`, unit lower triangular.
 
     Raises:
-      ConfigError: an unknown method, or `lower` is not square.
+      ConfigError: an unknown method, `lower` is not square, or a dtype is not a floating one.
 
     References: Huawei CSL, arXiv:2605.21325 and its `gdn-tri-inverse` code, for mxr and the ladder (their MBH).
     """
     name = "substitution16" if method == "auto" else method
     if name not in METHODS:
         raise ConfigError(f"kernels.triangular_inverse: method = {method!r}; expected one of auto, {', '.join(METHODS)}")
+    if not hasattr(lower, "dtype") or not jnp.issubdtype(lower.dtype, jnp.floating):
+        found = getattr(lower, "dtype", type(lower).__name__)
+        raise ConfigError(f"kernels.triangular_inverse: lower is a {found}; expected an array of floating numbers")
+    if operand_dtype is not None and not jnp.issubdtype(operand_dtype, jnp.floating):
+        raise ConfigError(f"kernels.triangular_inverse: operand_dtype = {operand_dtype}; expected a floating one")
     if lower.ndim < 2 or lower.shape[-1] != lower.shape[-2]:
         raise ConfigError(f"kernels.triangular_inverse: lower has shape {list(lower.shape)}; expected [..., C, C]")
+    lower = jnp.asarray(lower)
     wide = jnp.promote_types(lower.dtype, jnp.float32)
     operand = None if operand_dtype is None else str(jnp.dtype(operand_dtype))
     return _inverse(jnp.tril(lower.astype(wide), -1), name, operand).astype(lower.dtype)

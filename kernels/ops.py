@@ -37,8 +37,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels import decays, registry
-from kernels.arguments import Call, Decay, Tensors, checked
+from kernels.arguments import Call, Decay, Tensors, checked, refused, value_heads, wrong_array
 from kernels.running import running_logsumexp
+from kernels.varying import varying_alike
 from strata.errors import ConfigError
 from strata.resolve import nearest
 
@@ -95,7 +96,8 @@ def retention(
 
     `decay` is log gamma [HV]; unless given it is log(1 - 2^(-5-h)), h counting value heads (`kernels.retention_decay`).
     """
-    g = decays.retention_decay(v.shape[-2]) if decay is None else decay
+    heads = value_heads("retention", q, k, v)
+    g = decays.retention_decay(heads) if decay is None else decay
     tensors = Tensors(q, k, v, g, None, initial_state, segment_ids, cu_seqlens)
     return _run("retention", tensors, scale, output_final_state, chunk_size, backend, interpret)
 
@@ -122,7 +124,8 @@ def lightning_attention(
     `decay` is log lambda [HV]; unless given it is -(8/HV)(1 - layer/layers) h, `layer` counting from 0
     (`kernels.lightning_decay`).
     """
-    g = decays.lightning_decay(v.shape[-2], layer, layers) if decay is None else decay
+    heads = value_heads("lightning_attention", q, k, v)
+    g = decays.lightning_decay(heads, layer, layers) if decay is None else decay
     tensors = Tensors(q, k, v, g, None, initial_state, segment_ids, cu_seqlens)
     return _run("lightning_attention", tensors, scale, output_final_state, chunk_size, backend, interpret)
 
@@ -248,20 +251,19 @@ def lightnet(
     This is `gla` with keys e^{k_t - z_t} and decay z_{t-1} - z_t, z the running logsumexp of k. The state is the pair
     (S [B or N,HV,K,V], z [B or N,H,K]): an average and the logarithm of its weight. The empty state is S = 0, z = -inf.
     """
-    state, weight = (None, None) if initial_state is None else initial_state
-    # Shapes are checked before the running sum, on stand-ins for the gates that it will give.
-    g = jax.ShapeDtypeStruct((*v.shape[:3], k.shape[-1]), k.dtype)
-    tensors = Tensors(q, k, v, g, None, state, segment_ids, cu_seqlens)
-    call = _call("lightnet", tensors, scale, output_final_state, chunk_size, interpret)
-    keys = jnp.asarray(k).astype(call.accumulator)
-    whole = [None if x is None else jnp.asarray(x) for x in (weight, segment_ids, cu_seqlens)]
-    before, after, last = running_logsumexp(keys, *whole)
+    call, tensors, weight = lightnet_call(
+        Tensors(q, k, v, None, None, initial_state, segment_ids, cu_seqlens), scale, output_final_state, chunk_size, interpret
+    )
+    tensors = _arrays(tensors)
+    keys = tensors.k.astype(call.accumulator)
+    weight = None if weight is None else jnp.asarray(weight)
+    before, after, last = running_logsumexp(keys, weight, tensors.segment_ids, tensors.cu_seqlens)
     # An empty past has no weight (-inf): what decays is then zero, and its gate must not be -inf - something in a gradient.
     g = jnp.where(before == -jnp.inf, -jnp.inf, jnp.where(before == -jnp.inf, 0.0, before) - after)
     tensors = tensors._replace(
-        q=jnp.asarray(q).astype(call.accumulator),
+        q=tensors.q.astype(call.accumulator),
         k=jnp.exp(keys - after),
-        v=jnp.asarray(v).astype(call.accumulator),
+        v=tensors.v.astype(call.accumulator),
         g=jnp.repeat(g, call.group, axis=2),
     )
     o, final = _run("lightnet", tensors, call.scale, output_final_state, chunk_size, backend, interpret)
@@ -278,37 +280,83 @@ def explain(op: str, q: Any, k: Any, v: Any, *, backend: str = "auto", **options
     Raises:
       ConfigError: there is no such op or option, the call is wrong, or nothing can serve it.
     """
+    return registry.choose(call_of(op, q, k, v, **options), backend)
+
+
+def call_of(op: str, q: Any, k: Any, v: Any, **options: Any) -> Call:
+    """What the registry and tuning tables are asked about a call; arguments and errors as in `explain`."""
     if op not in GATES:
         raise ConfigError(f"kernels.explain: there is no op {op!r}{nearest(op, list(GATES))} Ops: {', '.join(GATES)}")
-    known = [name for name in inspect.signature(globals()[op]).parameters if name not in ("q", "k", "v")]
+    known = [name for name in inspect.signature(globals()[op]).parameters if name not in ("q", "k", "v", "backend")]
     # LightNet makes its g itself; who goes by `GATES` gives one all the same, and it is not read.
     known += ["g"] * (op == "lightnet")
     unknown = [f"\n  kernels.{op} has no option {name!r}{nearest(name, known)}" for name in options if name not in known]
     if unknown:
         raise ConfigError(f"kernels.explain:{''.join(unknown)}\n  Options: {', '.join(known)}")
-    decay, _ = GATES[op]
-    gates = {name: options.pop(name, None) for name in ("g", "beta", "initial_state", "segment_ids", "cu_seqlens")}
-    if decay == "constant":
-        given = options.pop("decay", None)
-        gates["g"] = jax.ShapeDtypeStruct((v.shape[-2],), jnp.float32) if given is None else given
-    if op == "lightnet":
-        gates["g"] = jax.ShapeDtypeStruct((*v.shape[:3], k.shape[-1]), k.dtype)
-        gates["initial_state"] = gates["initial_state"] and gates["initial_state"][0]
-    call = _call(
-        op,
-        Tensors(q, k, v, **gates),
+    arrays = {name: options.get(name) for name in ("g", "beta", "initial_state", "segment_ids", "cu_seqlens")}
+    if GATES[op][0] == "constant":
+        heads = value_heads(op, q, k, v)
+        layer = {name: options[name] for name in ("layer", "layers") if name in options}
+        made = decays.retention_decay(heads) if op == "retention" else decays.lightning_decay(heads, **layer)
+        arrays["g"] = made if options.get("decay") is None else options["decay"]
+    static = [
         options.get("scale"),
         options.get("output_final_state", False),
         options.get("chunk_size"),
         options.get("interpret"),
-    )
-    if op == "lightnet":  # runs on wider arrays than it is given
-        call = dataclasses.replace(call, dtype=str(call.accumulator))
-    return registry.choose(call, backend)
+    ]
+    if op == "lightnet":
+        return lightnet_call(Tensors(q, k, v, **arrays), *static)[0]
+    return _call(op, Tensors(q, k, v, **arrays), *static)
+
+
+def lightnet_call(
+    tensors: Tensors,
+    scale: float | None,
+    output_final_state: bool,
+    chunk_size: int | None,
+    interpret: Any,
+    *,
+    step: bool = False,
+) -> tuple[Call, Tensors, jax.Array | None]:
+    """The call that LightNet runs, on wider arrays than it is given; its tensors, S for the initial state; and the initial z.
+
+    Args:
+      tensors: as given, initial_state being the pair. Shapes are checked before the running sum is taken, on a stand-in for the
+        g that it will give.
+      step: as in `checked`.
+
+    Raises:
+      ConfigError: something does not fit.
+    """
+    name = "lightnet_step" if step else "lightnet"
+    heads = value_heads(name, tensors.q, tensors.k, tensors.v, step=step)
+    pair = (None, None) if tensors.initial_state is None else tensors.initial_state
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or (pair[0] is None) != (pair[1] is None):
+        what = "state" if step else "initial_state"
+        raise refused(name, [f"{what} must be a pair of arrays (S [B or N, HV, K, V], z [B or N, H, K]), or None for no past"])
+    state, weight = pair
+    k = tensors.k
+    g = jax.ShapeDtypeStruct((*k.shape[:-2], heads, k.shape[-1]), k.dtype)
+    tensors = tensors._replace(initial_state=state)
+    call = _call("lightnet", tensors._replace(g=g), scale, output_final_state, chunk_size, interpret, step=step)
+    if weight is not None:
+        shape = (call.state_shape[0], call.heads, call.key_size)
+        wrong = wrong_array("z of the state" if step else "initial z", weight, shape, "[B or N, H, K]")
+        if wrong:
+            raise refused(name, wrong)
+    return dataclasses.replace(call, dtype=str(call.accumulator)), tensors, weight
 
 
 def _call(
-    op: str, tensors: Tensors, scale: float | None, output_final_state: bool, chunk_size: int | None, interpret: Any
+    op: str,
+    tensors: Tensors,
+    scale: float | None,
+    output_final_state: bool,
+    chunk_size: int | None,
+    interpret: Any,
+    *,
+    step: bool = False,
 ) -> Call:
     decay, delta = GATES[op]
     return checked(
@@ -320,7 +368,16 @@ def _call(
         output_final_state=output_final_state,
         chunk_size=chunk_size,
         interpret=interpret,
+        step=step,
     )
+
+
+def _arrays(tensors: Tensors) -> Tensors:
+    """JAX arrays, all varying over the axes of a `jax.shard_map` that one of them varies over."""
+    arrays = Tensors(*(None if x is None else jnp.asarray(x) for x in tensors))
+    if arrays.cu_seqlens is not None:  # offsets are subtracted, and compared with T: unsigned or short integers will not do
+        arrays = arrays._replace(cu_seqlens=arrays.cu_seqlens.astype(jnp.int32))
+    return varying_alike(arrays)
 
 
 def _run(
@@ -334,7 +391,7 @@ def _run(
 ) -> tuple[jax.Array, State | None]:
     call = _call(op, tensors, scale, output_final_state, chunk_size, interpret)
     chosen = registry.choose(call, backend)
-    arrays = Tensors(*(None if x is None else jnp.asarray(x) for x in tensors))
+    arrays = _arrays(tensors)
     with jax.named_scope(f"{op}_{chosen.backend}"):
         o, final_state = registry.implementation(call, chosen.backend)(call, arrays)
     return o, final_state if output_final_state else None

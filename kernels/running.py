@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.sequences import boundaries, owners
-from strata.errors import ConfigError
 
 
 def running_logsumexp(
@@ -29,9 +28,6 @@ def running_logsumexp(
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if weight is None:
         weight = jnp.full((rows, heads, size), -jnp.inf, keys.dtype)
-    elif weight.shape != (rows, heads, size):
-        expected = [rows, heads, size]
-        raise ConfigError(f"kernels.lightnet: initial z has shape {list(weight.shape)}; expected [B or N, H, K] = {expected}")
     weight = weight.astype(keys.dtype)
     if cu_seqlens is None:
         first = (jnp.arange(length) == 0)[None, :, None, None]

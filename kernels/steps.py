@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import decays, ops
-from kernels.arguments import Tensors, checked
+from kernels.arguments import Tensors, checked, value_heads
 from kernels.reference.recurrence import per_token_gate, token
 
 
@@ -34,7 +34,8 @@ def retention_step(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `kernels.retention`, with the same `decay` [HV]."""
-    g = decays.retention_decay(v.shape[-2]) if decay is None else decay
+    heads = value_heads("retention_step", q, k, v, step=True)
+    g = decays.retention_decay(heads) if decay is None else decay
     return _step("retention", q, k, v, g, None, state, scale)
 
 
@@ -50,7 +51,8 @@ def lightning_attention_step(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `kernels.lightning_attention`, with the same `layer` and `layers`, or `decay` [HV]."""
-    g = decays.lightning_decay(v.shape[-2], layer, layers) if decay is None else decay
+    heads = value_heads("lightning_attention_step", q, k, v, step=True)
+    g = decays.lightning_decay(heads, layer, layers) if decay is None else decay
     return _step("lightning_attention", q, k, v, g, None, state, scale)
 
 
@@ -112,9 +114,9 @@ def lightnet_step(
     scale: float | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One token of `kernels.lightnet`; the state is its pair (S [B,HV,K,V], z [B,H,K])."""
-    o, final = ops.lightnet(
-        q[:, None], k[:, None], v[:, None], scale=scale, initial_state=state, output_final_state=True, backend="reference"
-    )
+    ops.lightnet_call(Tensors(q, k, v, None, None, state), scale, True, None, None, step=True)
+    q, k, v = (jnp.asarray(x)[:, None] for x in (q, k, v))
+    o, final = ops.lightnet(q, k, v, scale=scale, initial_state=state, output_final_state=True, backend="reference")
     return o[:, 0], final
 
 
@@ -128,22 +130,21 @@ def _step(
     state: jax.Array | None,
     scale: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The step is the op's `token`, its arguments checked as those of a row of one token."""
+    """The step is the op's `token`."""
     decay, delta = ops.GATES[op]
-    q, k, v = q[:, None], k[:, None], v[:, None]
-    if g is not None:
-        g = jnp.asarray(g) if decay == "constant" else g[:, None]
-    tensors = Tensors(q, k, v, g, None if beta is None else beta[:, None], state)
-    call = checked(op, tensors, decay=decay, delta=delta, scale=scale, output_final_state=True, chunk_size=None, interpret=None)
+    tensors = Tensors(q, k, v, g, beta, state)
+    options = {"scale": scale, "output_final_state": True, "chunk_size": None, "interpret": None}
+    call = checked(op, tensors, decay=decay, delta=delta, step=True, **options)
     dtype = call.accumulator
-    gate = per_token_gate(tensors.g, call)
+    q, k, v, g, beta, state = (None if x is None else jnp.asarray(x) for x in tensors[:6])
+    gate = per_token_gate(g if g is None or decay == "constant" else g[:, None], call)
     state = jnp.zeros(call.state_shape, dtype) if state is None else state.astype(dtype)
     with jax.named_scope(f"{op}_step"):
         state, o = token(
             state,
-            jnp.repeat(q[:, 0].astype(dtype) * call.scale, call.group, axis=1),
-            jnp.repeat(k[:, 0].astype(dtype), call.group, axis=1),
-            v[:, 0].astype(dtype),
+            jnp.repeat(q.astype(dtype) * call.scale, call.group, axis=1),
+            jnp.repeat(k.astype(dtype), call.group, axis=1),
+            v.astype(dtype),
             None if gate is None else gate[:, 0],
             None if beta is None else beta.astype(dtype),
         )

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 import kernels
-from kernels import tuning
-from kernels.arguments import Call, Tensors, checked
+from kernels import ops, tuning
+from kernels.arguments import Call, default_device
 from kernels.ops import GATES
 from kernels.samples import inputs
 from strata.errors import ConfigError
@@ -35,6 +35,10 @@ from strata.errors import ConfigError
 LARGEST_RATIO = 0.97
 FAR = 1.3
 """A candidate that takes this many times as long as the best one in a first try is not tried again."""
+
+
+LEAST_ROUNDS = 2
+"""For an upper quartile."""
 
 
 def run_of(op: str, backend: str, chunk_size: int) -> Callable[[tuple[jax.Array, ...]], Any]:
@@ -81,16 +85,9 @@ def best(ratios: dict[int, list[float]], default: int) -> int:
 
 def call_of(op: str, x: tuple[jax.Array, ...]) -> Call:
     """The call that `inputs` make, without a chunk size."""
-    decay, delta = GATES[op]
     q, k, v, *gates = x
-    g = gates[0] if decay in ("scalar", "vector") and op != "lightnet" else None
-    if decay == "constant":
-        g = jnp.zeros(v.shape[2])
-    if op == "lightnet":
-        g = jnp.zeros((*v.shape[:3], k.shape[-1]))
-    tensors = Tensors(q, k, v, g, gates[-1] if delta else None)
-    options = {"scale": None, "output_final_state": False, "chunk_size": None, "interpret": None}
-    return checked(op, tensors, decay=decay, delta=delta, **options)
+    names = ("g", "beta") if len(gates) == 2 else ("beta",) if GATES[op][1] else ("g",)
+    return ops.call_of(op, q, k, v, **dict(zip(names, gates, strict=False)))
 
 
 def tune(op: str, backend: str, dtype: str, shape: tuple[int, int, int, int], options: Any) -> dict[str, Any]:
@@ -133,6 +130,13 @@ def write(path: Path, machine: str | None, device: str, entries: list[dict[str, 
     tuning.tables.cache_clear()
 
 
+def _power_of_two(text: str) -> int:
+    number = int(text)
+    if number < 1 or number & (number - 1):
+        raise argparse.ArgumentTypeError(f"{number} is not a power of two")
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and write, entry by entry."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,13 +147,17 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--heads", type=int, default=8)
-    made.add_argument("--chunks", nargs="+", type=int, default=[16, 32, 64, 128], help="candidates besides the default")
-    made.add_argument("--rounds", type=int, default=7, help="at least 2")
+    made.add_argument(
+        "--chunks", nargs="+", type=_power_of_two, default=[16, 32, 64, 128], help="candidates besides the default"
+    )
+    made.add_argument("--rounds", type=int, default=7, help=f"at least {LEAST_ROUNDS}")
     made.add_argument("--seconds", type=float, default=0.3, help="of a segment")
     made.add_argument("--machine", help="the device in words; kept from the table unless given")
     made.add_argument("--out", type=Path, default=tuning.TABLES, help="directory of the tables")
     options = made.parse_args(argv)
-    device = jax.devices()[0]
+    if options.rounds < LEAST_ROUNDS:
+        made.error(f"--rounds {options.rounds}: expected at least {LEAST_ROUNDS}")
+    device = default_device()
     name = tuning.device_name(device.device_kind, device.platform)
     path = options.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     measure = functools.partial(tune, backend=options.backend, options=options)

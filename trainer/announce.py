@@ -37,7 +37,7 @@ def announce(loop: Loop, state: Any, done: int) -> None:
         f"model      {count:,} parameters; {flops.per_token / 1e6:.2f} MFLOP a token "
         f"({flops.per_token_full / 1e6:.2f} without the causal half): {FORMULA}"
     )
-    for line in mixer_lines(config):
+    for line in mixer_lines(config, setup.mesh):
         say(f"mixer      {line}")
     if config.train.teacher.run:
         say(f"teacher    {config.train.teacher.run}, weight {config.train.teacher.weight:g}")
@@ -56,11 +56,13 @@ def announce(loop: Loop, state: Any, done: int) -> None:
         say(f"training   {config.train.steps:,} steps of {config.data.batch_size} x {config.data.sequence_length} tokens")
 
 
-def mixer_lines(config: Config) -> list[str]:
-    """How each kind of mixer is computed on this device, and why. Raises `ConfigError` if it cannot as asked."""
+def mixer_lines(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
+    """How each kind of mixer is computed on this mesh, and why. Raises `ConfigError` if it cannot as asked."""
     kinds = {layer.mixer: layer for layer in config.model.plan()}
     dtype, length = jnp.dtype(config.train.precision), config.data.sequence_length
-    found = (implementation(mixer).explain(mixer, layer, dtype, length) for mixer, layer in kinds.items())
+    batch = config.data.batch_size // config.train.accumulation
+    with jax.set_mesh(mesh):
+        found = [implementation(mixer).explain(mixer, layer, dtype, length, batch) for mixer, layer in kinds.items()]
     return list(dict.fromkeys(found))
 
 

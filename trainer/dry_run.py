@@ -97,7 +97,7 @@ def _work(setup: Setup) -> list[str]:
         f"{expected * tokens * config.train.steps:.3g} FLOP for {tokens * config.train.steps:,} tokens in "
         f"{config.train.steps:,} steps",
     ]
-    return lines + _sampling(setup, flops) + [f"mixer: {line}" for line in mixer_lines(config)]
+    return lines + _sampling(setup, flops) + [f"mixer: {line}" for line in mixer_lines(config, setup.mesh)]
 
 
 def _sampling(setup: Setup, flops: Flops) -> list[str]:

@@ -8,6 +8,7 @@ from jax import lax
 
 from kernels.arguments import Call, Tensors
 from kernels.sequences import boundaries, owners
+from kernels.varying import varying_alike
 
 
 def token(
@@ -45,6 +46,13 @@ def per_token_gate(g: jax.Array | None, call: Call) -> jax.Array | None:
     return g[..., None] if call.decay == "scalar" else g
 
 
+def initial_state(call: Call, tensors: Tensors) -> jax.Array:
+    """[B or N,HV,K,V], zero unless given; in the dtype of sums."""
+    if tensors.initial_state is not None:
+        return tensors.initial_state.astype(call.accumulator)
+    return varying_alike(jnp.zeros(call.state_shape, call.accumulator), like=tensors)
+
+
 def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
     """The op, token after token. Returns o [B,T,HV,V] in the dtype of v, and the final state [B or N,HV,K,V]."""
     dtype = call.accumulator
@@ -54,7 +62,7 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
     beta = None if tensors.beta is None else tensors.beta.astype(dtype)
     gates = (q, k, v, g, beta)
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), gates)
-    initial = jnp.zeros(call.state_shape, dtype) if tensors.initial_state is None else tensors.initial_state.astype(dtype)
+    initial = initial_state(call, tensors)
     if tensors.cu_seqlens is not None:
         return _packed(call, by_time, initial, tensors.cu_seqlens)
     reset = None if tensors.segment_ids is None else boundaries(tensors.segment_ids).T
@@ -79,6 +87,6 @@ def _packed(call: Call, by_time: tuple, initial: jax.Array, cu_seqlens: jax.Arra
         state, o = token(state, *inputs)
         return (state, finals.at[sequence].set(state[0])), o
 
-    start = (jnp.zeros((1, *call.state_shape[1:]), initial.dtype), initial)
+    start = (jnp.zeros_like(initial[:1]), initial)
     (_, finals), o = lax.scan(advance, start, (by_time, *owners(cu_seqlens, call.length)))
     return jnp.moveaxis(o, 0, 1).astype(call.dtype), finals

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.arguments import Call, Tensors
-from kernels.reference.recurrence import per_token_gate
+from kernels.reference.recurrence import initial_state, per_token_gate
 from kernels.sequences import boundaries
 from kernels.tpu import backward, forward
 from kernels.tpu.layout import Form, Operands
@@ -84,7 +84,7 @@ def form_of(call: Call) -> Form:
         segmented=call.segmented,
         scale=call.scale,
         chunk=min(tuned(call, "tpu").chunk_size, whole),
-        heads=heads_a_step(decay, call.delta, call.value_heads),
+        heads=heads_a_step(decay, call.delta, call.value_heads, call.dtype, call.key_size, call.value_size),
         exact=call.dtype == "float32",
         interpret=call.interpret,
     )
@@ -112,7 +112,5 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
         # Rows behind the last token go on with its segment, so that its state is the one that leaves.
         runs = jnp.cumsum(boundaries(tensors.segment_ids), axis=1, dtype=jnp.int32)
         runs = jnp.pad(runs, ((0, 0), (0, padding)), mode="edge")
-    initial = tensors.initial_state
-    initial = jnp.zeros(call.state_shape, jnp.float32) if initial is None else initial.astype(jnp.float32)
-    o, final = _chunks(form, q, k, by_head(tensors.v), g, beta, runs, initial)
+    o, final = _chunks(form, q, k, by_head(tensors.v), g, beta, runs, initial_state(call, tensors))
     return jnp.swapaxes(o, 1, 2)[:, : call.length], final

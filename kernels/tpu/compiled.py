@@ -3,13 +3,14 @@
     pip install libtpu
     python -m kernels.tpu.compiled            # compile what changed, compare with bundles.json
     python -m kernels.tpu.compiled --write    # and record; a count that grew needs --allow_growth as well
-    python -m kernels.tpu.compiled --write --devices v6e --dtypes float32 --forms scalar_decay_additive
+    python -m kernels.tpu.compiled --write --targets v6e --dtypes float32 --forms scalar_decay_additive
 
-A bundle is what a TPU core issues in one cycle at best. Counts rank variants of a kernel; they are no times: stalls on memory
-are not in them. A kernel that overflows VMEM, or that the compiler rejects, fails here. `bundles.json` holds the hash of the
-sources that it was made from, so that unchanged kernels cost nothing. A part may be compiled alone, long ones in float32 say:
-what else the file holds is kept as long as sources and versions are the same, and otherwise as `earlier`: what has not been
-compiled since is missing for the tests, but its growth is still seen.
+Compiled is every form that is served, at the usual size and at the largest. A bundle is what a TPU core issues in one cycle at
+best. Counts rank variants of a kernel; they are no times: stalls on memory are not in them. A kernel that overflows VMEM, or
+that the compiler rejects, fails here. `bundles.json` holds the hash of the sources that it was made from, so that unchanged
+kernels cost nothing. A part may be compiled alone, long ones in float32 say: what else the file holds is kept as long as
+sources and versions are the same, and otherwise as `earlier`: what has not been compiled since is missing for the tests, but
+its growth is still seen.
 """
 
 from __future__ import annotations
@@ -24,31 +25,62 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kernels.tpu.limits import CHUNK, heads_a_step
+from kernels.tpu.limits import CHUNK, LARGEST_SIZE, USUAL_SIZE, heads_a_step, too_large
 
 HERE = Path(__file__).parent
 RECORD = HERE / "bundles.json"
 SOURCES = ("algebra.py", "backward.py", "forward.py", "layout.py")
-DEVICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
-SHAPE = {"batch": 2, "length": 16384, "heads": 16, "size": 128}
+SHAPE = {"batch": 2, "length": 16384, "heads": 16}
+DTYPES = ("bfloat16", "float32")
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
+WAYS = ("forward", "backward", "inference")
+"""With segments, forward keeping what backward needs; inference is forward without segments, keeping nothing."""
 Counts = dict[str, dict[str, int]]
-"""Device -> kernel, way and dtype -> scheduled bundles."""
+"""Target -> kernel, way and dtype -> scheduled bundles."""
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
+
+
+class Target(NamedTuple):
+    """A topology to compile for, and K = V."""
+
+    topology: str
+    size: int
+
+
+TARGETS = {name: Target(topology, USUAL_SIZE) for name, topology in TOPOLOGIES.items()}
+TARGETS |= {f"{name}_{LARGEST_SIZE}": Target(topology, LARGEST_SIZE) for name, topology in TOPOLOGIES.items()}
 
 
 def source_hash() -> str:
     """Of everything that decides what is compiled."""
     text = b"".join((HERE / name).read_bytes() for name in SOURCES)
-    heads = [heads_a_step(decay, delta, SHAPE["heads"]) for decay, delta in FORMS]
-    return hashlib.sha256(text + json.dumps([SHAPE, FORMS, CHUNK, heads]).encode()).hexdigest()[:16]
+    heads = [
+        heads_of(decay, delta, dtype, target.size) for target in TARGETS.values() for decay, delta in FORMS for dtype in DTYPES
+    ]
+    return hashlib.sha256(text + json.dumps([SHAPE, TARGETS, FORMS, DTYPES, WAYS, CHUNK, heads]).encode()).hexdigest()[:16]
 
 
-def names() -> list[str]:
-    """Of everything that is compiled for a device: form, way and dtype."""
-    forms = [f"{decay}_decay_{'delta_rule' if delta else 'additive'}" for decay, delta in FORMS]
-    return [f"{form} {way} {dtype}" for form in forms for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
+def heads_of(decay: str, delta: bool, dtype: str, size: int) -> int:
+    """Heads a grid step of what is compiled."""
+    return heads_a_step(decay, delta, SHAPE["heads"], dtype, size, size)
+
+
+def kinds(target: str) -> list[tuple[str, bool, str]]:
+    """What the kernels serve at the size of a target: decay, delta and dtype."""
+    size = TARGETS[target].size
+    every = [(decay, delta, dtype) for decay, delta in FORMS for dtype in DTYPES]
+    return [kind for kind in every if not too_large(*kind, size, size)]
+
+
+def names(target: str) -> list[str]:
+    """Of everything that is compiled for a target: form, way and dtype."""
+    return [
+        f"{decay}_decay_{'delta_rule' if delta else 'additive'} {way} {dtype}"
+        for decay, delta, dtype in kinds(target)
+        for way in WAYS
+    ]
 
 
 def recorded() -> dict[str, Any]:
@@ -56,8 +88,8 @@ def recorded() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def operands(form: Any, dtype: str, device: Any) -> tuple[Any, tuple[Any, ...], Any, Any]:
-    """Shapes on a device: the operands, what the forward pass keeps, and the cotangents of o and of the final state."""
+def operands(form: Any, dtype: str, size: int, device: Any) -> tuple[Any, tuple[Any, ...], Any, Any]:
+    """Shapes on a device, K = V = `size`: the operands, what the forward pass keeps, cotangents of o and of the final state."""
     import jax
 
     from kernels.tpu.layout import Operands
@@ -67,7 +99,7 @@ def operands(form: Any, dtype: str, device: Any) -> tuple[Any, tuple[Any, ...], 
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    batch, length, heads, size = SHAPE.values()
+    batch, length, heads = SHAPE.values()
     count = length // form.chunk
     keys = array(batch, heads, length, size)
     state = array(batch, heads, size, size, dtype="float32")
@@ -85,8 +117,8 @@ def operands(form: Any, dtype: str, device: Any) -> tuple[Any, tuple[Any, ...], 
     return Operands(keys, keys, keys, gates[form.decay], beta, runs, state), saved, keys, state
 
 
-def compile_all(devices: list[str], dtypes: list[str], forms: list[str], dump: Path) -> Counts:
-    """Bundles of every kernel by device. Raises what the compiler raises."""
+def compile_all(targets: list[str], dtypes: list[str], forms: list[str], ways: list[str], dump: Path) -> Counts:
+    """Bundles of every kernel by target. Raises what the compiler raises."""
     import jax
     from jax.experimental import topologies
 
@@ -94,27 +126,32 @@ def compile_all(devices: list[str], dtypes: list[str], forms: list[str], dump: P
     from kernels.tpu.layout import Form
 
     found: Counts = {}
-    for name in devices:
-        device = topologies.get_topology_desc(DEVICES[name], platform="tpu").devices[0]
+    for name in targets:
+        topology, size = TARGETS[name]
+        device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
         found[name] = {}
-        for decay, delta in FORMS:
-            for dtype in dtypes:
-                heads = heads_a_step(decay, delta, SHAPE["heads"])
-                form = Form(decay, delta, True, SHAPE["size"] ** -0.5, CHUNK, heads, dtype == "float32", None)
-                if forms and form.name not in forms:
-                    continue
-                given, saved, do, state = operands(form, dtype, device)
-                runs = {
-                    "forward": (lambda given, form=form: forward.call(form, given, save=True), (given,)),
-                    "backward": (lambda *x, form=form: backward.call(form, *x), (given, saved, do, state)),
-                }
-                for way, (run, shapes) in runs.items():
-                    shutil.rmtree(dump, ignore_errors=True)
-                    dump.mkdir(parents=True)
-                    jax.jit(run).lower(*shapes).compile()
-                    key = f"{form.name} {way} {dtype}"
-                    found[name][key] = bundles(dump, f"{form.name}_{way}")
-                    print(f"{name:6} {key:50} {found[name][key]:6} bundles, {heads} heads a step", flush=True)
+        for decay, delta, dtype in kinds(name):
+            heads = heads_of(decay, delta, dtype, size)
+            form = Form(decay, delta, True, size**-0.5, CHUNK, heads, dtype == "float32", None)
+            if dtype not in dtypes or (forms and form.name not in forms):
+                continue
+            given, saved, do, state = operands(form, dtype, size, device)
+            runs = {
+                "forward": (lambda given, form=form: forward.call(form, given, save=True), (given,)),
+                "backward": (lambda *x, form=form: backward.call(form, *x), (given, saved, do, state)),
+                "inference": (
+                    lambda given, form=form: forward.call(form._replace(segmented=False), given, save=False),
+                    (given._replace(runs=None),),
+                ),
+            }
+            for way in ways:
+                run, shapes = runs[way]
+                shutil.rmtree(dump, ignore_errors=True)
+                dump.mkdir(parents=True)
+                jax.jit(run).lower(*shapes).compile()
+                key = f"{form.name} {way} {dtype}"
+                found[name][key] = bundles(dump, f"{form.name}_{'backward' if way == 'backward' else 'forward'}")
+                print(f"{name:9} {key:50} {found[name][key]:6} bundles, {heads} heads a step", flush=True)
     return found
 
 
@@ -130,26 +167,26 @@ def bundles(dump: Path, kernel: str) -> int:
 def grown(found: Counts, before: Counts) -> list[str]:
     """Sentences about counts that are larger than recorded."""
     return [
-        f"{device}: {key} has {count} bundles, was {before[device][key]}"
-        for device, counts in found.items()
+        f"{target}: {key} has {count} bundles, was {before[target][key]}"
+        for target, counts in found.items()
         for key, count in counts.items()
-        if count > before.get(device, {}).get(key, count)
+        if count > before.get(target, {}).get(key, count)
     ]
 
 
 def known(record: dict[str, Any]) -> Counts:
-    """The last count of every kernel by device, of these sources or of earlier ones: what new counts are compared with."""
+    """The last count of every kernel by target, of these sources or of earlier ones: what new counts are compared with."""
     earlier, bundles = (record.get(name, {}) for name in ("earlier", "bundles"))
-    return {name: earlier.get(name, {}) | bundles.get(name, {}) for name in DEVICES if name in earlier or name in bundles}
+    return {name: earlier.get(name, {}) | bundles.get(name, {}) for name in TARGETS if name in earlier or name in bundles}
 
 
 def merged(found: Counts, record: dict[str, Any], source: str, versions: dict[str, str]) -> dict[str, Counts]:
     """The counts of a new record: `bundles`, compiled now or held by a record of the same sources and versions; and `earlier`,
-    where there are any, of kernels not compiled since sources or versions changed. Devices in their order.
+    where there are any, of kernels not compiled since sources or versions changed. Targets in their order.
     """
     same = record.get("source") == source and record.get("versions") == versions
     before = record["bundles"] if same else {}
-    bundles = {name: before.get(name, {}) | found.get(name, {}) for name in DEVICES if name in found or name in before}
+    bundles = {name: before.get(name, {}) | found.get(name, {}) for name in TARGETS if name in found or name in before}
     earlier = {
         name: {key: count for key, count in counts.items() if key not in bundles.get(name, {})}
         for name, counts in known(record).items()
@@ -161,9 +198,10 @@ def merged(found: Counts, record: dict[str, Any], source: str, versions: dict[st
 def main(argv: list[str] | None = None) -> None:
     """Compile, compare, record."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
-    made.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    made.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     made.add_argument("--forms", nargs="+", default=[], help="names of forms, as scalar_decay_additive; all unless given")
+    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     made.add_argument("--write", action="store_true", help="record the counts")
     made.add_argument("--allow_growth", action="store_true", help="record counts that grew, too")
     options = made.parse_args(argv)
@@ -175,14 +213,15 @@ def main(argv: list[str] | None = None) -> None:
     # Read once, when libtpu starts: before JAX is imported.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-    found = compile_all(options.devices, options.dtypes, options.forms, dump)
+    found = compile_all(options.targets, options.dtypes, options.forms, options.ways, dump)
     shutil.rmtree(dump.parent)
     worse = grown(found, known(record))
     print("\n".join(worse))
     if options.write and (options.allow_growth or not worse):
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
         counts = merged(found, record, source_hash(), versions)
-        record = {"source": source_hash(), "versions": versions, "shape": SHAPE} | counts
+        sizes = {name: target.size for name, target in TARGETS.items()}
+        record = {"source": source_hash(), "versions": versions, "shape": SHAPE | {"size": sizes}} | counts
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {RECORD}")
     elif worse:

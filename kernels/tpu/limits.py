@@ -10,13 +10,26 @@ if TYPE_CHECKING:
 CHUNK = 128
 LARGEST_CHUNK = 128
 SMALLEST_CHUNK = 16
+USUAL_SIZE = 128
 LARGEST_SIZE = 256
+"""Of K and V. `kernels.tpu.compiled` compiles both sizes."""
 
 
-def heads_a_step(decay: str, delta: bool, value_heads: int) -> int:
-    """Heads a grid step: independent work for the scheduler to interleave. Long bodies fill it with fewer."""
+def heads_a_step(decay: str, delta: bool, value_heads: int, dtype: str, key_size: int, value_size: int) -> int:
+    """Heads a grid step: independent work for the scheduler to interleave. Long bodies fill it with fewer.
+
+    Half as many for float32 where K or V is above `USUAL_SIZE`: with more the backward kernels of additive forms with a decay
+    overflow the 16 MiB of VMEM that the compiler gives a kernel on v5e and v5p.
+    """
     most = 2 if delta or decay == "vector" else 4
+    if dtype == "float32" and max(key_size, value_size) > USUAL_SIZE:
+        most //= 2
     return max(count for count in range(1, most + 1) if value_heads % count == 0)
+
+
+def too_large(decay: str, delta: bool, dtype: str, key_size: int, value_size: int) -> bool:
+    """Whether the backward kernel overflows VMEM with a single head: KDA's in float32, on v5e by 1.2 MiB at K = V = 256."""
+    return delta and decay == "vector" and dtype == "float32" and max(key_size, value_size) > USUAL_SIZE
 
 
 def refusal(call: Call) -> str | None:
@@ -31,6 +44,8 @@ def refusal(call: Call) -> str | None:
         return "cu_seqlens is not built into these kernels; segment_ids is"
     if max(call.key_size, call.value_size) > LARGEST_SIZE:
         return f"K = {call.key_size}, V = {call.value_size}; the state of a head must fit VMEM: at most {LARGEST_SIZE} each"
+    if too_large(call.decay, call.delta, call.dtype, call.key_size, call.value_size):
+        return f"K = {call.key_size}, V = {call.value_size} in float32; {call.op} must fit VMEM: at most {USUAL_SIZE} each"
     if call.chunk_size is not None and not SMALLEST_CHUNK <= call.chunk_size <= LARGEST_CHUNK:
         return f"chunk_size = {call.chunk_size}; the kernels take {SMALLEST_CHUNK} to {LARGEST_CHUNK}"
     return None

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.arguments import Call, Tensors
-from kernels.reference.recurrence import per_token_gate
+from kernels.reference.recurrence import initial_state, per_token_gate
 from kernels.tuning import tuned
 from kernels.xla.additive import additive
 from kernels.xla.chunks import Form, Layout, from_chunks, packed_chunks, runs_of, to_chunks
@@ -26,7 +26,7 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
     v = tensors.v.astype(dtype)
     g = per_token_gate(tensors.g, call)
     beta = None if tensors.beta is None else tensors.beta.astype(dtype)[..., None]
-    initial = jnp.zeros(call.state_shape, dtype) if tensors.initial_state is None else tensors.initial_state.astype(dtype)
+    initial = initial_state(call, tensors)
 
     runs = packed = row = None
     if tensors.segment_ids is not None:

@@ -33,8 +33,9 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(qk, size, axis="head_size", rngs=rngs) if option.qk_norm else None
 
     @staticmethod
-    def explain(option: options.Attention, model: options.Model, dtype: jnp.dtype, length: int) -> str:
+    def explain(option: options.Attention, model: options.Model, dtype: jnp.dtype, length: int, batch: int = 1) -> str:
         """Which implementation serves here, and why. Raises `ConfigError` if the one that is asked for cannot."""
+        del batch
         name, why = softmax.choose(option.implementation, dtype, model.head_units, length)
         said = f"attention: {name} ({why})"
         if getattr(model.depth, "correction", None) == "exact":

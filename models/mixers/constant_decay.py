@@ -31,10 +31,17 @@ class FeatureMap(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, heads, K] -> [B, T, heads, 2 K]."""
-        return kernels.hedgehog(x, self.kernel[...], self.bias[...][None, None])
+        return kernels.hedgehog(x, self.kernel[...], self.bias[...])
 
 
-FEATURES = {"identity": lambda x: x, "elu1": lambda x: jax.nn.elu(x) + 1, "relu": jax.nn.relu}
+def elu1(x: jax.Array) -> jax.Array:
+    """elu(x) + 1 in the dtype of x: x + 1 above 0, e^x below, where e^x - 1 + 1 would cancel: in bfloat16 to 0 from -6 on."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # The inner `where` keeps the exponential of a large number, and its gradient, out of the branch that is not taken.
+    return jnp.where(wide > 0, wide + 1, jnp.exp(jnp.where(wide > 0, 0, wide))).astype(x.dtype)
+
+
+FEATURES = {"identity": lambda x: x, "elu1": elu1, "relu": jax.nn.relu}
 
 
 class LinearAttention(LinearMixer):

@@ -82,20 +82,27 @@ class LinearMixer(nnx.Module):
         )
 
     @classmethod
-    def explain(cls, option: Any, model: options.Model, dtype: jnp.dtype, length: int) -> str:
-        """Which back-end serves here, and why. Raises `ConfigError` if the one that is asked for cannot."""
+    def explain(cls, option: Any, model: options.Model, dtype: jnp.dtype, length: int, batch: int = 1) -> str:
+        """Which back-end serves `batch` sequences on the mesh in use, and why.
+
+        Raises:
+          ConfigError: the one that is asked for cannot.
+        """
         heads, value_heads = option.sizes(model)[:2]
         rows, columns = option.state(model)
 
         def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((1, length, *shape), dtype)
+            return jax.ShapeDtypeStruct((batch, length, *shape), dtype)
 
         decay, delta = GATES[cls.op]
-        gates = {"g": array(value_heads)} if decay == "scalar" else {"g": array(value_heads, rows)} if decay == "vector" else {}
-        gates |= {"beta": array(value_heads)} if delta else {}
         keys, values = array(heads, rows, dtype=dtype), array(value_heads, columns, dtype=dtype)
-        settings = {"backend": option.backend, "chunk_size": option.chunk_size, "segment_ids": array(dtype=jnp.int32)}
-        choice = kernels.explain(cls.op, keys, keys, values, **gates, **settings)
+        arrays = [keys, keys, values]
+        if decay in ("scalar", "vector") and cls.op != "lightnet":
+            arrays.append(array(value_heads, *((rows,) if decay == "vector" else ())))
+        arrays += [array(value_heads)] * delta
+        constant = jax.ShapeDtypeStruct((value_heads,), jnp.float32) if decay == "constant" else None
+        settings = {"backend": option.backend, "chunk_size": option.chunk_size}
+        choice = sharded_op.explain(cls.op, arrays, segment_ids=array(dtype=jnp.int32), decay=constant, **settings)
         why = "; ".join(f"not {name}: {reason}" for name, reason in choice.refusals.items())
         named = "asked for by name" if option.backend != "auto" else "the first in order"
         return f"{option.name}: {choice.backend} ({why or named})"

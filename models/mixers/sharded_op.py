@@ -7,13 +7,15 @@ cannot split a Pallas kernel by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 import kernels
+from kernels.ops import GATES
+from kernels.registry import Choice
 from models.sharding import RULES
 
 
@@ -45,6 +47,43 @@ def run(
         given = {"segment_ids": segment_ids, "initial_state": initial_state}
         return getattr(kernels, op)(*arrays, **given, **constant, **options)
 
+    keeps = bool(options.get("output_final_state"))
+    return _over_mesh(call, arrays, segment_ids, initial_state, decay, keeps_state=keeps)
+
+
+def explain(op: str, arrays: Sequence[Any], *, segment_ids: Any, decay: Any, **options: Any) -> Choice:
+    """Which back-end serves the same call of `run` without an initial state, from within: a device has its own rows and heads.
+
+    Args:
+      op, arrays, segment_ids, decay, options: as of `run`; arrays may be `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ConfigError: the back-end that is asked for cannot serve.
+    """
+    kind, delta = GATES[op]
+    names = ["g"] * (kind in ("scalar", "vector") and op != "lightnet") + ["beta"] * delta
+    found = []
+
+    def call(arrays: Any, segment_ids: Any, initial_state: Any, decay: Any) -> tuple[jax.Array, None]:
+        constant = {} if decay is None else {"decay": decay}
+        gates = dict(zip(names, arrays[3:], strict=True))
+        found.append(kernels.explain(op, *arrays[:3], segment_ids=segment_ids, **gates, **constant, **options))
+        return arrays[2], None
+
+    jax.eval_shape(lambda *x: _over_mesh(call, x[0], x[1], None, x[2], keeps_state=False), tuple(arrays), segment_ids, decay)
+    return found[0]
+
+
+def _over_mesh(
+    call: Callable[..., tuple[jax.Array, Any]],
+    arrays: Sequence[jax.Array],
+    segment_ids: Any,
+    initial_state: Any,
+    decay: Any,
+    *,
+    keeps_state: bool,
+) -> tuple[jax.Array, Any]:
+    """`call(arrays, segment_ids, initial_state, decay) -> ([B, T, HV, V], final state)`, split over the mesh in use."""
     batch, _, heads, _ = arrays[0].shape
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or mesh.size == 1:
@@ -52,7 +91,7 @@ def run(
     rows, own = _split(mesh, "batch", batch), _split(mesh, "heads", heads)  # value heads are a multiple of heads
     by_token, state = PartitionSpec(rows, None, own), PartitionSpec(rows, own)
     inputs = (by_token, PartitionSpec(rows), state, PartitionSpec(own))
-    outputs = (by_token, state if options.get("output_final_state") else None)
+    outputs = (by_token, state if keeps_state else None)
     split = jax.shard_map(call, in_specs=inputs, out_specs=outputs, check_vma=False)
     return split(tuple(arrays), segment_ids, initial_state, decay)
 

@@ -143,3 +143,17 @@ def relative_rms(found: Any, expected: Any) -> float:
 def rms():
     """`rms(found, expected)`: see `relative_rms`."""
     return relative_rms
+
+
+def relative_rms_by_row(found: Any, expected: Any) -> float:
+    """The largest of the relative RMS of single rows [B, ...]: of regimes with small numbers, too, such as strong decays."""
+    found, expected = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (found, expected))
+    error, size = (np.sqrt(np.mean(x**2, axis=1)) for x in (found - expected, expected))
+    # What is zero, or too small for float32, has no relative error.
+    return float(np.max(error / np.maximum(size, 1e-30)))
+
+
+@pytest.fixture
+def row_rms():
+    """`row_rms(found, expected)`: see `relative_rms_by_row`."""
+    return relative_rms_by_row

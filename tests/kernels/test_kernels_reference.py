@@ -11,6 +11,7 @@ import pytest
 
 import kernels
 from kernels.ops import GATES
+from strata.errors import ConfigError
 
 
 def by_hand(op: str, q, k, v, g, beta, layer: int, layers: int, state=None):
@@ -91,7 +92,7 @@ def test_the_decays_that_are_not_learned():
     np.testing.assert_allclose(np.exp(kernels.retention_decay(3)), [1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128])
     np.testing.assert_allclose(kernels.lightning_decay(4, layer=1, layers=2), [0, -1, -2, -3])
     assert kernels.retention_decay(80)[-1] < 0  # 1 - 2^-84 is 1 in float64; its logarithm is not 0
-    with pytest.raises(ValueError, match="layer = 2"):
+    with pytest.raises(ConfigError, match="layer = 2"):
         kernels.lightning_decay(4, layer=2, layers=2)
 
 

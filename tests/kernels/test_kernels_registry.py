@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -158,5 +159,129 @@ def test_a_wrong_call_is_refused_with_what_was_expected(change, sentence):
 
 def test_a_wrong_initial_weight_of_lightnet_is_refused():
     q, v = zeros(Q, V)
-    with pytest.raises(ConfigError, match=r"initial z has shape \[2, 4\]; expected \[B or N, H, K\] = \[2, 2, 4\]"):
-        kernels.lightnet(q, q, v, initial_state=(jnp.zeros((2, 4, 4, 6)), jnp.zeros((2, 4))))
+    state = (jnp.zeros((2, 4, 4, 6)), jnp.zeros((2, 4)))
+    for call in (kernels.lightnet, lambda *x, **options: kernels.explain("lightnet", *x, **options)):
+        with pytest.raises(ConfigError, match=r"initial z has shape \[2, 4\]; expected \[B or N, H, K\] = \[2, 2, 4\]"):
+            call(q, q, v, initial_state=state)
+
+
+@pytest.mark.parametrize(
+    "state,sentence",
+    [
+        ((np.ones((2, 4, 4, 6), np.float32), None), "initial_state must be a pair of arrays"),
+        ((None, np.ones((2, 2, 4), np.float32)), "initial_state must be a pair of arrays"),
+        (np.ones((2, 4, 4, 6), np.float32), "initial_state must be a pair of arrays"),
+        ((np.ones((2, 4, 4, 6), np.float32), np.zeros((2, 2, 4), np.int32)), "initial z has dtype int32; expected a floating"),
+        ((np.ones((2, 4, 4, 5), np.float32), np.zeros((2, 2, 4), np.float32)), r"initial_state has shape \[2, 4, 4, 5\]"),
+        (([[0.0]], np.zeros((2, 2, 4), np.float32)), "initial_state is a list; expected an array of shape"),
+    ],
+)
+def test_half_a_state_of_lightnet_or_another_thing_is_refused_by_the_op_and_its_step(state, sentence):
+    q, v = zeros(Q, V)
+    with pytest.raises(ConfigError, match=sentence):
+        kernels.lightnet(q, q, v, initial_state=state)
+    with pytest.raises(ConfigError, match=sentence.replace("initial_state", "state").replace("initial z", "z of the state")):
+        kernels.lightnet_step(q[:, 0], q[:, 0], v[:, 0], state)
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint8, np.int8, np.int64])
+def test_offsets_of_any_integers_are_checked_and_read_as_what_they_say(dtype):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 130, 1, 4)).astype(np.float32)[:, :120]
+    with pytest.raises(ConfigError, match=r"cu_seqlens = \[0, 60, 30, 120\]; expected 0 = first"):
+        kernels.linear_attention(q, q, q, cu_seqlens=np.array([0, 60, 30, 120], dtype))
+    offsets = np.array([0, 60, 60, 120])
+    for op in (kernels.linear_attention, kernels.lightnet):
+        for backend in ("xla", "reference"):
+            found = op(q, q, q, cu_seqlens=offsets.astype(dtype), backend=backend)[0]
+            np.testing.assert_array_equal(found, op(q, q, q, cu_seqlens=offsets.astype(np.int32), backend=backend)[0])
+
+
+def refuse(sentence: str, function, *arguments, **options) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        function(*arguments, **options)
+
+
+def test_what_is_no_array_of_the_right_size_is_refused_and_not_met_inside():
+    q, v = (np.zeros(x.shape, np.float32) for x in (Q, V))
+    refuse(r"decay is a list; expected an array of shape \[4\]", kernels.retention, q, q, v, decay=[-0.1] * 4)
+    refuse("decay is a float", kernels.retention, q, q, v, decay=-0.1)
+    for op in (kernels.retention, kernels.lightning_attention, kernels.lightnet, kernels.linear_attention):
+        refuse(r"v has shape \[3\]; expected \[B, T, HV, V\]", op, q, q, np.ones(3, np.float32))
+        refuse(r"k is a float; expected an array \[B, T, H, K\]", op, q, 1.0, v)
+        refuse("q is a list", op, q.tolist(), q, v)
+        refuse(r"v has shape \[2, 8, 0, 6\]; it must not be empty", op, q, q, v[:, :, :0])
+    refuse("segment_ids is a list; expected an array of integers", kernels.gla, q, q, v, q, segment_ids=[[0] * 8] * 2)
+    refuse("cu_seqlens is a list", kernels.linear_attention, q[:1], q[:1], v[:1], cu_seqlens=[0, 8])
+    refuse("initial_state is a list", kernels.linear_attention, q, q, v, initial_state=[0.0])
+    refuse("layer = 3; expected 0 <= layer < layers = 2", kernels.lightning_attention, q, q, v, layer=3, layers=2)
+    refuse("layer = 3", kernels.explain, "lightning_attention", q, q, v, layer=3, layers=2)
+    refuse("lower is a list; expected an array", kernels.triangular_inverse, [[0.0, 0.0], [1.0, 0.0]])
+    refuse("lower is a int32", kernels.triangular_inverse, np.ones((3, 3), np.int32))
+    refuse("operand_dtype = int8", kernels.triangular_inverse, np.ones((3, 3), np.float32), operand_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        ({"chunk_size": True}, "chunk_size = True; expected a power of two"),
+        ({"chunk_size": 4.0}, "chunk_size = 4.0; expected a power of two"),
+        ({"scale": float("nan")}, "scale = nan; expected a finite number"),
+        ({"scale": np.inf}, "scale = inf; expected a finite number"),
+        ({"scale": True}, "scale is a bool; expected a Python number"),
+    ],
+)
+def test_a_size_or_a_scale_that_is_no_such_number_is_refused(options, sentence):
+    refuse(sentence, kernels.explain, "linear_attention", Q, Q, V, **options)
+
+
+def test_a_chunk_size_may_be_an_integer_of_numpy():
+    tuned = kernels.explain("linear_attention", Q, Q, V, chunk_size=np.int64(4)).tuned
+    assert tuned == (4, "asked for") and type(tuned.chunk_size) is int
+
+
+def test_a_step_answers_with_the_shapes_of_a_step():
+    q, v = (np.zeros((x.shape[0], *x.shape[2:]), np.float32) for x in (Q, V))
+    refuse(
+        r"kernels.linear_attention_step .*\n  q has shape \[2, 4\]; expected \[B, H, K\]",
+        kernels.linear_attention_step,
+        q[0],
+        q,
+        v,
+        None,
+    )
+    refuse(r"g has shape \[2, 3\]; expected \[2, 4\]", kernels.simple_gla_step, q, q, v, v[:, :3, 0], None)
+    refuse(r"beta is missing; expected shape \[2, 4\]", kernels.delta_rule_step, q, q, v, None, None)
+    refuse(r"k has shape \[2, 2, 3\]; expected that of q, \[2, 2, 4\]", kernels.lightnet_step, q, q[..., :3], v, None)
+    refuse(r"state has shape \[2, 4, 6\]; expected \[2, 4, 4, 6\]", kernels.linear_attention_step, q, q, v, v)
+    refuse("state is a list", kernels.linear_attention_step, q, q, v, [0.0])
+    refuse("decay is a list", kernels.retention_step, q, q, v, None, decay=[-0.1] * 4)
+    refuse(r"v has shape \[6\]; expected \[B, HV, V\]", kernels.lightning_attention_step, q, q, v[0, 0], None)
+
+
+def test_weights_of_wrong_shapes_are_refused_with_the_shapes_that_there_are():
+    q, v = (np.zeros(x.shape, np.float32) for x in (Q, V))
+    eye, gain = np.eye(4, dtype=np.float32), np.ones((3, 6), np.float32)
+    wide = np.stack([eye] * 3)
+    expected = r"of shape \[3, 4, 4\]; expected an array \[K, K\] = \[4, 4\] or \[H, K, K\] = \[2, 4, 4\]"
+    refuse(f"kernels.hedgehog cannot run:\n  weight is {expected}", kernels.hedgehog, q, wide)
+    refuse(
+        r"bias is of shape \[3\]; expected an array \[K\] = \[4\] or \[H, K\]", kernels.hedgehog, q, eye, np.ones(3, np.float32)
+    )
+    refuse("x is a list", kernels.hedgehog, q.tolist(), eye)
+    refuse(f"key_weight is {expected}", kernels.hedgehog_attention, q, q, v, eye, wide)
+    refuse("query_weight is a list", kernels.hedgehog_attention_step, q[:, 0], q[:, 0], v[:, 0], eye.tolist(), eye, None)
+    refuse("query_weight has dtype int32", kernels.hedgehog_attention, q, q, v, eye.astype(np.int32), eye)
+    refuse(r"gain is of shape \[3, 6\]; expected an array \[HV, V\] = \[4, 6\]", kernels.transnormer_attention, q, q, v, gain)
+    refuse("gain is of shape", kernels.transnormer_attention_step, q[:, 0], q[:, 0], v[:, 0], None, gain)
+
+
+def test_a_call_is_of_the_device_that_jax_default_device_names(monkeypatch):
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    cpu, real = jax.local_devices()[0], jax.local_devices
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [tpu] if backend is None else real(backend=backend))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert kernels.explain("linear_attention", Q, Q, V).backend == "tpu"
+    for device in (cpu, "cpu"):
+        with jax.default_device(device):
+            assert kernels.explain("linear_attention", Q, Q, V).backend == "xla"

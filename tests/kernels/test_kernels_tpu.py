@@ -13,6 +13,7 @@ import kernels
 from kernels.ops import GATES
 from kernels.registry import choose, refusal
 from kernels.tpu import compiled
+from kernels.tpu.limits import LARGEST_SIZE, heads_a_step
 from strata.errors import ConfigError
 
 REGIMES = (
@@ -39,7 +40,15 @@ EVERYTHING = list(itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segmen
 
 
 def check_kernel(
-    problem, rms, op: str, length: int, sequences: str, chunk_size: int | None, dtype: str, regimes=REGIMES, tolerance=TOLERANCE
+    problem,
+    row_rms,
+    op: str,
+    length: int,
+    sequences: str,
+    chunk_size: int | None,
+    dtype: str,
+    regimes=REGIMES,
+    tolerance=TOLERANCE,
 ) -> None:
     given = problem(op, length, sequences, key_size=16, value_size=8, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
@@ -60,28 +69,28 @@ def check_kernel(
         expected, expected_slopes = gradients(exact, backend="reference")
     forward, backward = tolerance[dtype]
     for found, wanted in zip(results, expected, strict=True):
-        assert rms(found, wanted) < forward
+        assert row_rms(found, wanted) < forward
     for found, wanted in zip(slopes, expected_slopes, strict=True):
-        assert rms(found, wanted) < backward
+        assert row_rms(found, wanted) < backward
 
 
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype", COVERING)
-def test_interpreted_kernels_are_close_to_the_float64_recurrence(problem, rms, op, length, sequences, chunk_size, dtype):
-    check_kernel(problem, rms, op, length, sequences, chunk_size, dtype)
+def test_interpreted_kernels_are_close_to_the_float64_recurrence(problem, row_rms, op, length, sequences, chunk_size, dtype):
+    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype)
 
 
 @pytest.mark.parametrize(
     "op,dtype",
     [("delta_rule", "float32"), ("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")],
 )
-def test_reflections_along_one_key_keep_their_digits(problem, rms, op, dtype):
-    check_kernel(problem, rms, op, 65, "one", 32, dtype, UNDAMPED, UNDAMPED_TOLERANCE)
+def test_reflections_along_one_key_keep_their_digits(problem, row_rms, op, dtype):
+    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, UNDAMPED, UNDAMPED_TOLERANCE)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype", EVERYTHING)
-def test_interpreted_kernels_in_the_full_product(problem, rms, op, length, sequences, chunk_size, dtype):
-    check_kernel(problem, rms, op, length, sequences, chunk_size, dtype)
+def test_interpreted_kernels_in_the_full_product(problem, row_rms, op, length, sequences, chunk_size, dtype):
+    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,31 @@ def test_what_the_kernels_cannot_do_is_refused_with_the_reason(change, reason):
     q = jax.ShapeDtypeStruct((batch, 8, 2, size), dtype)
     with pytest.raises(ConfigError, match=reason):
         kernels.explain("linear_attention", q, q, q, backend="tpu", **({"interpret": True} | change))
+
+
+def test_what_overflows_the_memory_of_a_v5e_at_the_largest_size_has_fewer_heads_a_step_or_is_refused():
+    def heads(op: str, dtype: str, key_size: int, value_size: int) -> int:
+        return heads_a_step(*GATES[op], 16, dtype, key_size, value_size)
+
+    assert [heads("simple_gla", "float32", *sizes) for sizes in ((128, 128), (256, 128), (128, 256))] == [4, 2, 2]
+    assert [heads("gla", dtype, 256, 256) for dtype in ("bfloat16", "float32")] == [2, 1]
+    assert heads("gated_delta_rule", "bfloat16", 256, 256) == 2
+    q, small = (jax.ShapeDtypeStruct((2, 256, 2, size), jnp.float32) for size in (256, 128))
+    taken = {"backend": "tpu", "interpret": True}
+    gates = {"g": jax.ShapeDtypeStruct((2, 256, 2, 256), jnp.float32), "beta": jax.ShapeDtypeStruct((2, 256, 2), jnp.float32)}
+    with pytest.raises(ConfigError, match="K = 256, V = 128 in float32; kda must fit VMEM: at most 128 each"):
+        kernels.explain("kda", q, q, small, **gates, **taken)
+    half = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
+    assert kernels.explain("kda", half, half, half, **gates, **taken).backend == "tpu"
+    assert kernels.explain("gla", q, q, q, g=gates["g"], **taken).backend == "tpu"
+
+
+def test_every_form_that_is_served_at_the_largest_size_was_compiled_there_for_every_device():
+    large = [name for name, target in compiled.TARGETS.items() if target.size == LARGEST_SIZE]
+    assert [name.removesuffix("_256") for name in large] == ["v5e", "v5p", "v6e", "TPU7x"]
+    for target in large:
+        missing = set(compiled.names("v5e")) - set(compiled.recorded()["bundles"][target])
+        assert missing == {f"vector_decay_delta_rule {way} float32" for way in compiled.WAYS}
 
 
 def test_auto_takes_an_interpreted_kernel_when_interpretation_is_asked_for():
@@ -134,9 +168,9 @@ def test_auto_takes_the_kernels_on_one_tpu_and_the_chunked_form_on_a_mesh(proble
 
 def test_bundle_counts_are_those_of_the_kernels_as_they_are():
     record = compiled.recorded()
-    assert set(record["bundles"]) == set(compiled.DEVICES)
-    for counts in record["bundles"].values():
-        assert set(counts) == set(compiled.names()) and all(count > 0 for count in counts.values())
+    assert set(record["bundles"]) == set(compiled.TARGETS)
+    for target, counts in record["bundles"].items():
+        assert set(counts) == set(compiled.names(target)) and all(count > 0 for count in counts.values())
     assert record["source"] == compiled.source_hash(), "pip install libtpu; python -m kernels.tpu.compiled --write"
 
 
@@ -144,7 +178,7 @@ def test_what_is_compiled_is_hashed_beyond_the_sources(monkeypatch):
     before = compiled.source_hash()
     monkeypatch.setattr(compiled, "CHUNK", 64)
     chunk = compiled.source_hash()
-    monkeypatch.setattr(compiled, "heads_a_step", lambda decay, delta, value_heads: 1)
+    monkeypatch.setattr(compiled, "heads_a_step", lambda *choices: 1)
     assert len({before, chunk, compiled.source_hash()}) == 3
 
 
@@ -159,7 +193,7 @@ def test_a_part_compiled_alone_replaces_only_itself_while_sources_and_versions_a
     found = {"TPU7x": {"a": 6}, "v5e": {"b": 5}}
     kept = compiled.merged(found, record, "old", versions)["bundles"]
     assert kept == {"v5e": {"a": 1, "b": 5}, "v6e": {"a": 3}, "TPU7x": {"a": 6}}
-    assert list(kept) == [name for name in compiled.DEVICES if name in kept]
+    assert list(kept) == [name for name in compiled.TARGETS if name in kept]
     alone = {"bundles": {"v5e": {"b": 5}, "TPU7x": {"a": 6}}}
     earlier = {"earlier": {"v5e": {"a": 1}, "v6e": {"a": 3}}}
     assert compiled.merged(found, record, "new", versions) == alone | earlier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -142,11 +143,20 @@ def test_two_tables_of_one_device_are_refused(table):
         explain()
 
 
-def test_the_tables_of_the_repository_are_well_formed_and_of_known_ops():
+def unknown_ops(directory) -> set[str]:
+    """Ops of the entries of a directory's tables that no call has. Raises where a table is malformed or has no entry."""
     tuning.tables.cache_clear()
-    for table in tuning.tables(tuning.TABLES).values():
-        assert table.entries
-        assert {entry["op"] for entry in table.entries.values()} <= set(GATES)
+    tables = tuning.tables(directory).values()
+    assert all(table.entries for table in tables)
+    return {entry["op"] for table in tables for entry in table.entries.values()} - set(GATES)
+
+
+def test_the_tables_of_the_repository_if_any_are_well_formed_and_of_known_ops(table, tmp_path):
+    assert not unknown_ops(Path(kernels.__file__).parent / "tables")
+    table(ENTRY)
+    assert not unknown_ops(tmp_path)
+    table(ENTRY, ENTRY | {"op": "gated_delta"})
+    assert unknown_ops(tmp_path) == {"gated_delta"}
 
 
 def test_sizes_are_in_the_class_of_the_next_power_of_four():
@@ -171,3 +181,27 @@ def test_the_tuner_writes_a_table_that_calls_then_take(monkeypatch, tmp_path):
     tune.write(path, None, written["device"], [written["entries"][0] | {"chunk_size": 8}])
     assert json.loads(path.read_text())["machine"] == "a machine" and explain().tuned.chunk_size == 8
     tuning.tables.cache_clear()
+
+
+def test_an_entry_of_lightnet_is_taken_whatever_it_is_given(table):
+    x = inputs("lightnet", *SHAPE, dtype="bfloat16")
+    key = dict(zip(tuning.KEY, tuning.key_of(tune.call_of("lightnet", x), "xla"), strict=True))
+    table(ENTRY | key)
+    assert key["dtype"] == "float32" and kernels.explain("lightnet", *x).tuned.chunk_size == 16
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_the_tuner_asks_for_the_call_that_explain_answers_for(op):
+    q, k, v, *gates = inputs(op, *SHAPE)
+    call = tune.call_of(op, (q, k, v, *gates))
+    assert (call.op, call.decay, call.delta) == (op, *GATES[op]) and tuning.key_of(call, "xla")[1:3] == (op, "float32")
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [(["--rounds", "1"], "--rounds 1: expected at least 2"), (["--chunks", "48"], "48 is not a power of two")],
+)
+def test_the_tuner_refuses_what_it_cannot_measure_before_it_measures(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--ops", "gla", *arguments])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err

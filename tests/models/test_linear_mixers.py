@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -12,8 +14,10 @@ import pytest
 from flax import nnx
 
 import kernels
+import kernels.registry
 import models
 from models.construct import resolve_model
+from models.mixers.constant_decay import elu1
 from models.mixers.short_convolution import ShortConvolution, same_document
 from strata import ConfigError, implementation
 
@@ -302,6 +306,54 @@ def test_a_back_end_that_cannot_serve_is_refused_not_replaced():
     mixer = make(asked)
     with pytest.raises(ConfigError, match="mosaic_gpu"):
         mixer(drawn[:1], mixer.prepare(LENGTH, None))
+
+
+@every_form
+def test_what_is_announced_on_a_mesh_of_tpus_is_what_the_mixer_takes(form, monkeypatch):
+    """Two devices, so that outside `jax.shard_map` no kernel would be taken."""
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [tpu])
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    taken, choose = [], kernels.registry.choose
+
+    def seen(call, backend="auto"):
+        taken.append(call)
+        return choose(call, backend)
+
+    monkeypatch.setattr(kernels.registry, "choose", seen)
+    layer = resolve_model({"width": WIDTH, "heads": 2, "mixer": FORMS[form]}).at(0)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        line = implementation(layer.mixer).explain(layer.mixer, layer, jnp.dtype("float32"), LENGTH, 4)
+        announced = taken.pop()
+        assert line.startswith(f"{FORMS[form]['name']}: tpu (") and not taken
+        mixer = nnx.eval_shape(lambda: fresh(FORMS[form]))
+        graph, state = nnx.split(mixer)
+        x, ids = jax.ShapeDtypeStruct((4, LENGTH, WIDTH), jnp.float32), jax.ShapeDtypeStruct((4, LENGTH), jnp.int32)
+
+        def parallel(state, x, ids):
+            mixer = nnx.merge(graph, state)
+            return mixer(x, mixer.prepare(LENGTH, ids))
+
+        jax.eval_shape(parallel, state, x, ids)
+    assert announced.batch == 2 and announced.devices == 1
+    # What only the op itself is told leaves the choice and the tuning key as they are.
+    (called,) = taken
+    assert called == dataclasses.replace(announced, scale=called.scale)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("bfloat16", 1e-2), ("float32", 1e-6)])
+def test_elu_plus_one_keeps_its_digits_far_below_zero(dtype, tolerance):
+    x = jnp.asarray(np.linspace(-20, 4, 97), dtype)
+    exact = np.asarray(x, np.float64)
+    expected, slope = np.where(exact > 0, exact + 1, np.exp(exact)), np.where(exact > 0, 1.0, np.exp(exact))
+    for function in (elu1, jax.jit(elu1)):
+        found = function(x)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=tolerance)
+        gradient = jax.grad(lambda x, function=function: jnp.sum(function(x).astype(jnp.float32)))(x)
+        np.testing.assert_allclose(np.asarray(gradient, np.float64), slope, rtol=tolerance)
+    assert np.isfinite(np.asarray(jax.grad(lambda x: elu1(x))(jnp.float32(1000.0))))
 
 
 def test_noble_and_lora_stand_for_the_projections_and_nothing_else():
