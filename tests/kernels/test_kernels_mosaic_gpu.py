@@ -49,7 +49,7 @@ EVERYTHING = [
 ]
 
 
-def check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size, regimes=REGIMES) -> None:
+def check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, value_size, regimes=REGIMES) -> None:
     given = problem(op, length, sequences, key_size=key_size, value_size=value_size, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
     weight = np.random.default_rng(0).standard_normal(given.arrays[2].shape).astype(np.float32)
@@ -74,28 +74,28 @@ def check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_si
         expected, expected_slopes = gradients(exact, backend="reference")
     forward, backward = (5e-3, 5e-3) if ON_GPU and dtype == "float32" else TOLERANCE[dtype]
     for found, wanted in zip(results, expected, strict=True):
-        assert rms(found, wanted) < forward
+        assert row_rms(found, wanted) < forward
     for found, wanted in zip(slopes, expected_slopes, strict=True):
-        assert rms(found, wanted) < backward
+        assert row_rms(found, wanted) < backward
 
 
 @needs_jax
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,length,sequences,dtype,key_size,value_size", COVERING)
-def test_kernels_are_close_to_the_float64_recurrence(problem, rms, op, length, sequences, dtype, key_size, value_size):
-    check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size)
+def test_kernels_are_close_to_the_float64_recurrence(problem, row_rms, op, length, sequences, dtype, key_size, value_size):
+    check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, value_size)
 
 
 @needs_jax
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,dtype", [("simple_gla", "float32"), ("gla", "bfloat16"), ("kda", "float32")])
-def test_a_sequence_in_pieces_is_the_same_sequence(monkeypatch, problem, rms, op, dtype):
+def test_a_sequence_in_pieces_is_the_same_sequence(monkeypatch, problem, row_rms, op, dtype):
     from kernels.mosaic_gpu import split
     from kernels.mosaic_gpu.layout import Size
 
     monkeypatch.setattr(split, "SHORTEST", 1)
     assert split.pieces(Size(batch=1, heads=2, chunks=4, key_tiles=1, value_tiles=1)) == 4
-    check_kernels(problem, rms, op, 200, "segments", dtype, 16, 8, REGIMES[1:2])
+    check_kernels(problem, row_rms, op, 200, "segments", dtype, 16, 8, REGIMES[1:2])
 
 
 @needs_jax
@@ -112,16 +112,16 @@ def test_only_sequences_with_too_few_heads_are_split():
 @needs_jax
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,dtype,key_size,value_size", EVERYTHING)
-def test_kernels_in_the_full_product(problem, rms, op, length, sequences, dtype, key_size, value_size):
-    check_kernels(problem, rms, op, length, sequences, dtype, key_size, value_size)
+def test_kernels_in_the_full_product(problem, row_rms, op, length, sequences, dtype, key_size, value_size):
+    check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, value_size)
 
 
 @needs_jax
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,dtype", [("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")])
 @pytest.mark.parametrize("keys", ["correlated", "identical"])
-def test_reflections_without_a_decay_keep_their_digits(problem, rms, op, dtype, keys):
-    check_kernels(problem, rms, op, 65, "one", dtype, 16, 8, ((keys, "zero", "two"),))
+def test_reflections_without_a_decay_keep_their_digits(problem, row_rms, op, dtype, keys):
+    check_kernels(problem, row_rms, op, 65, "one", dtype, 16, 8, ((keys, "zero", "two"),))
 
 
 def call_of(**changes):
