@@ -142,6 +142,8 @@ def call_of(**changes):
         ({"chunk_size": 32}, "chunk_size = 32; the kernels take 64"),
         ({"key_size": 256}, "must fit the registers: at most K = 128 and V = 256"),
         ({"dtype": "float32", "delta": True, "key_size": 128}, "K = 128 in float32"),
+        ({"dtype": "float32", "decay": "scalar", "value_size": 256}, "would spill registers; at most 128 there"),
+        ({"delta": True, "value_size": 130}, "V = 130: linear_attention in bfloat16 would spill registers"),
         ({"interpret": True}, "interpret= must be parameters of the GPU interpreter"),
     ],
 )
@@ -155,6 +157,7 @@ def test_what_the_kernels_cannot_do_is_refused_with_the_reason(monkeypatch, chan
 def test_they_serve_by_name_on_a_hopper_gpu_with_the_jax_they_are_written_for(monkeypatch):
     monkeypatch.setattr(limits, "version", lambda: limits.VERSIONS[0])
     assert choose(call_of(), "mosaic_gpu").backend == "mosaic_gpu"
+    assert choose(call_of(decay="vector", value_size=256), "mosaic_gpu").backend == "mosaic_gpu"
     assert choose(call_of()).backend == "xla"
     monkeypatch.setattr(limits, "version", lambda: (0, 10, 2))
     assert "jax 0.10.2 is installed" in refusal(call_of(), "mosaic_gpu")
