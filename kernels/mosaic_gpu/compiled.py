@@ -14,19 +14,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from kernels.mosaic_gpu.limits import too_wide
 
 HERE = Path(__file__).parent
 RECORD = HERE / "registers.json"
 SOURCES = ("decays.py", "gradients.py", "layout.py", "limits.py", "outputs.py", "pairs.py", "states.py", "tiles.py")
-SHAPE = {"batch": 2, "length": 16384, "heads": 16, "size": 128}
+SHAPE = {"batch": 2, "length": 16384, "heads": 16, "key_size": 128, "value_size": 128}
+WIDE = {"value_size": 256}
+"""Each form that is served is compiled with values of this size as well."""
 SIZE_OF_FLOAT32_DELTA = 64
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
 DEVICE = """
@@ -58,7 +64,7 @@ platform_name: "CUDA"
 def source_hash() -> str:
     """Of everything that decides what is compiled."""
     text = b"".join((HERE / name).read_bytes() for name in SOURCES)
-    return hashlib.sha256(text + json.dumps([SHAPE, SIZE_OF_FLOAT32_DELTA, FORMS]).encode()).hexdigest()[:16]
+    return hashlib.sha256(text + json.dumps([SHAPE, WIDE, SIZE_OF_FLOAT32_DELTA, FORMS]).encode()).hexdigest()[:16]
 
 
 def recorded() -> dict[str, Any]:
@@ -66,28 +72,28 @@ def recorded() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def runs(decay: str, delta: bool, dtype: str, segmented: bool, sharding: Any) -> dict[str, Any]:
-    """The forward and the backward pass of one form on shapes: name -> (function, arguments)."""
+def runs(decay: str, delta: bool, dtype: str, wide: bool, sharding: Any) -> dict[str, Any]:
+    """The forward and the backward pass of one form, with segments, on shapes: name -> (function, arguments)."""
     import jax
 
     from kernels.mosaic_gpu import chunked
     from kernels.mosaic_gpu.layout import Form
 
-    batch, length, heads, size = SHAPE.values()
+    batch, length, heads, key_size, value_size = (SHAPE | (WIDE if wide else {})).values()
     if dtype == "float32" and delta:
-        size = SIZE_OF_FLOAT32_DELTA
-    form = Form(decay, delta, segmented, size**-0.5, 1, dtype == "float32", None)
+        key_size, value_size = SIZE_OF_FLOAT32_DELTA, value_size if wide else SIZE_OF_FLOAT32_DELTA
+    form = Form(decay, delta, True, key_size**-0.5, 1, dtype == "float32", None)
 
     def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    keys = array(batch, length, heads, size, dtype=dtype)
+    keys, values = (array(batch, length, heads, size, dtype=dtype) for size in (key_size, value_size))
     gate = array(batch, length, heads)
     g = {"none": None, "scalar": gate, "vector": array(*keys.shape)}[decay]
     beta = gate if delta else None
-    segments = array(batch, length, dtype="int32") if segmented else None
-    state = array(batch, heads, size, size)
-    inputs = (keys, keys, keys, g, beta, segments, state)
+    segments = array(batch, length, dtype="int32")
+    state = array(batch, heads, key_size, value_size)
+    inputs = (keys, keys, values, g, beta, segments, state)
 
     def forward(*inputs: Any) -> Any:
         return chunked.forward(form, *inputs)
@@ -97,7 +103,20 @@ def runs(decay: str, delta: bool, dtype: str, segmented: bool, sharding: Any) ->
     def backward(residuals: Any, cotangents: Any) -> Any:
         return chunked.backward(form, residuals, cotangents)
 
-    return {"forward": (forward, inputs), "backward": (backward, (residuals, (keys, state)))}
+    return {"forward": (forward, inputs), "backward": (backward, (residuals, (values, state)))}
+
+
+def name(decay: str, delta: bool) -> str:
+    """Of a form, as in the record."""
+    return f"{decay}_decay_{'delta_rule' if delta else 'additive'}"
+
+
+def cases(dtypes: Iterable[str], forms: Collection[str] = ()) -> Iterator[tuple[str, bool, str, bool]]:
+    """(decay, delta, dtype, wide) of all that is served, or of some forms."""
+    for (decay, delta), dtype, wide in itertools.product(FORMS, dtypes, (False, True)):
+        refused = wide and too_wide(decay, dtype, WIDE["value_size"])
+        if not refused and (not forms or name(decay, delta) in forms):
+            yield decay, delta, dtype, wide
 
 
 def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, dict[str, int]]:
@@ -110,22 +129,16 @@ def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, di
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     found: dict[str, dict[str, int]] = {}
-    for decay, delta in FORMS:
-        for dtype in dtypes:
-            name = f"{decay}_decay_{'delta_rule' if delta else 'additive'}"
-            if forms and name not in forms:
-                continue
-            with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-                for way, (run, arguments) in runs(decay, delta, dtype, True, sharding).items():
-                    shutil.rmtree(dump, ignore_errors=True)
-                    dump.mkdir(parents=True)
-                    jax.jit(run).lower(*arguments).compile()
-                    for kernel, counts in report(dump).items():
-                        key = f"{kernel} {dtype}"
-                        found[key] = counts
-                        print(
-                            f"{way:8} {key:50} {counts['registers']:4} registers, {counts['spilled']} bytes spilled", flush=True
-                        )
+    for decay, delta, dtype, wide in cases(dtypes, forms):
+        with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+            for way, (run, arguments) in runs(decay, delta, dtype, wide, sharding).items():
+                shutil.rmtree(dump, ignore_errors=True)
+                dump.mkdir(parents=True)
+                jax.jit(run).lower(*arguments).compile()
+                for kernel, counts in report(dump).items():
+                    key = f"{kernel} {dtype}{' wide' if wide else ''}"
+                    found[key] = counts
+                    print(f"{way:8} {key:50} {counts['registers']:4} registers, {counts['spilled']} bytes spilled", flush=True)
     return found
 
 
@@ -198,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.write and not spilling(found) and (options.allow_growth or not complaints):
         versions = {name: importlib.metadata.version(name) for name in ("jax", "nvidia-cuda-nvcc")}
         counts = merged(found, record, source_hash(), versions)
-        record = {"source": source_hash(), "versions": versions, "shape": SHAPE} | counts
+        record = {"source": source_hash(), "versions": versions, "shape": SHAPE, "wide": WIDE} | counts
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {RECORD}")
     elif complaints:

@@ -11,7 +11,7 @@ go to q, k, k; and D, R to both rows of a pair, by the decay between them. The d
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from kernels.mosaic_gpu.tiles import (
     hidden,
     keep,
     nn,
+    no_rows,
     now,
     nt,
     put,
@@ -66,16 +67,18 @@ class _Across:
         by_chunk = (refs.n, refs.h, columns(refs.k_tile)) if name.endswith("states") else (tokens(refs.n), refs.h)
         return (refs.b, *by_chunk)
 
-    def tiles(self, *names: str) -> Iterator[list[list[Operand]]]:
-        """For each name its tiles across V: all together, or of several pieces one after the other."""
+    def fold(self, names: tuple[str, ...], step: Callable[..., Any], carry: Any) -> Any:
+        """`carry` through `step(carry, *tiles)`, where `tiles` has for each name those across V: all together, or of several
+        pieces one after the other, in a loop, so that a wide V takes no more registers than a narrow one.
+        """
         form, refs, start = self.form, self.refs, self.pool.next
         count = refs.do.shape[-1] // TILE
         together = 1 if form.made > 1 else count
         barrier = None if form.exact else refs.barriers[self.streams].at[0]
         self.streams += 1
         operands = [self.pool.many(together, pieces(form, name)) for name in names]
-        plgpu.commit_smem()
-        for first in range(0, count, together):
+
+        def some(first: Any, carry: Any) -> Any:
             for name, across in zip(names, operands, strict=True):
                 for number, operand in enumerate(across):
                     copy(form, getattr(refs, name), self.at(name), first + number, operand, barrier)
@@ -83,27 +86,30 @@ class _Across:
                 plgpu.commit_smem()
             else:
                 plgpu.barrier_wait(barrier)
-            yield operands
+            carry = step(carry, *operands)
             plgpu.commit_smem()  # what was read has been read: the next copies may overwrite it
+            return carry
+
+        plgpu.commit_smem()
+        carry = some(0, carry) if together == count else lax.fori_loop(0, count, some, carry)
         self.pool.back(start)
+        return carry
 
     def product(self, a: str, b: str) -> jax.Array:
         """a b^T"""
-        return total(dot(*map(nt, x, y)) for x, y in self.tiles(a, b))
+        return self.fold((a, b), lambda x, *ab: now(x + dot(*map(nt, *ab)))[0], zeros())
 
     def inner(self, a: str, b: str) -> jax.Array:
         """Its diagonal, [64], from device memory: in float32 the tiles of three inputs at once would not fit the registers."""
 
-        def part(name: str, tile: int) -> jax.Array:
+        def part(name: str, tile: Any) -> jax.Array:
             batch, *rest = self.at(name)
             return fetched(getattr(self.refs, name).at[(hidden(batch), *rest, columns(tile))])
 
-        return total(jnp.sum(part(a, tile) * part(b, tile), axis=1) for tile in range(self.refs.do.shape[-1] // TILE))
+        def step(tile: Any, found: jax.Array) -> jax.Array:
+            return found + jnp.sum(part(a, tile) * part(b, tile), axis=1)
 
-
-def total(parts: Iterable[jax.Array]) -> jax.Array:
-    """The sum, each part added as it comes."""
-    return functools.reduce(lambda x, y: now(x + y)[0], parts)
+        return lax.fori_loop(0, self.refs.do.shape[-1] // TILE, step, no_rows())
 
 
 def pieces(form: Form, name: str) -> int:
@@ -112,9 +118,9 @@ def pieces(form: Form, name: str) -> int:
 
 
 def streams(form: Form, size: Size) -> tuple[int, ...]:
-    """For every call of `_Across.tiles`, in order, how many copies its barrier waits for. float32 comes through registers."""
+    """For every call of `_Across.fold`, in order, how many copies its barrier waits for. float32 comes through registers."""
     one, made = form.pieces, form.made
-    counts = (one + made * (1 + form.delta), one + made, *(2 * made,) * form.delta, 3 * made)
+    counts = (one + made * (1 + form.delta), one + made, *(2 * made,) * form.delta, (2 + (form.decay != "none")) * made)
     return () if form.exact else tuple(count * (1 if made > 1 else size.value_tiles) for count in counts)
 
 
@@ -128,7 +134,7 @@ class _ByRow(NamedTuple):
     k: Operand
     d: Operand
     r: Operand | None
-    beta: jax.Array | None
+    beta: Callable[[], jax.Array] | None
 
     def to_q(self, reached: jax.Array) -> jax.Array:
         """What q gets."""
@@ -139,7 +145,7 @@ class _ByRow(NamedTuple):
         terms = [tn(self.d, self.q)]
         if self.r is not None:
             weighed = self.pool.take(self.r.pieces)
-            put(weighed, read(self.r) * self.beta)
+            put(weighed, read(self.r) * self.beta())
             plgpu.commit_smem()
             terms.append(tn(weighed, self.k))
         return dot(*terms)
@@ -165,7 +171,7 @@ class _ByChannel(NamedTuple):
     k: Callable[[], jax.Array]
     d: Operand
     r: Operand | None
-    beta: jax.Array | None
+    beta: Callable[[], jax.Array] | None
 
     def _sum(
         self, start: jax.Array, *products: tuple[Callable[[], jax.Array], Callable[[], jax.Array], Callable[..., Any]]
@@ -200,7 +206,7 @@ class _ByChannel(NamedTuple):
         """What k gets as the row that is read."""
         products = [(lambda: read(self.d), self.q, tn)]
         if self.r is not None:
-            products.append((lambda: read(self.r) * self.beta, self.k, tn))
+            products.append((lambda: read(self.r) * self.beta(), self.k, tn))
         return self._sum(zeros(), *products)
 
     def to_row(self, reached: jax.Array) -> jax.Array:
@@ -212,11 +218,12 @@ def _cotangents(form: Form, across: _Across, rows: Rows, masks: Masks, d: Operan
     """The cotangents of scores, below the diagonal, into operands; returns those on the diagonal, [64]. A decay by row is in
     them.
     """
-    found = [None] * (1 + form.delta)
-    for do, written, *dwritten in across.tiles("do", "written", *("dwritten",) * form.delta):
-        for number, x in enumerate((do, *dwritten)):
-            new = dot(*map(nt, x, written))
-            found[number] = new if found[number] is None else now(found[number] + new)[0]
+
+    def step(found: list[jax.Array], written: list[Operand], *others: list[Operand]) -> list[jax.Array]:
+        return [now(x + dot(*map(nt, other, written)))[0] for x, other in zip(found, others, strict=True)]
+
+    names = ("do", "dwritten")[: 1 + form.delta]
+    found = across.fold(("written", *names), step, [zeros() for _ in names])
     decay = None if form.decay == "vector" else pairs(rows, masks)
     scores = found[0] * form.scale
     put(d, times(where(masks.strict(), scores), decay))
@@ -253,7 +260,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     masks = Masks.in_shared_memory(rows, refs.numbers)
     across = _Across(form, refs, pool)
     refs.diagonal[...] = _cotangents(form, across, rows, masks, d, r)
-    beta = rows.factor("beta") if form.delta else None
+    beta = functools.partial(rows.factor, "beta") if form.delta else None
     dk = Parked(pool.take(form.fine))
     if vector:
         after = Parked(pool.take(form.fine))
@@ -271,9 +278,9 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     else:
         pairs_sums = _ByRow(pool, q, k, d, r, beta)
 
-    def reached(a: str, factor: jax.Array) -> jax.Array:
+    def reached(a: str, scale: float) -> jax.Array:
         """What rows get through the entering state."""
-        (x,) = now(across.product(a, "states") * factor)
+        (x,) = now(across.product(a, "states") * (rows.factor("entry") * scale))
         return now(x * summed(chosen, masks.j <= masks.i, [gates])(0))[0] if vector else x
 
     def to_gates(x: jax.Array) -> None:
@@ -283,7 +290,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
 
     # One sum after the other, each at once: what is alive together must fit the registers.
     pool.back(here)
-    x = pairs_sums.to_q(reached("do", rows.factor("entry") * form.scale))
+    x = pairs_sums.to_q(reached("do", form.scale))
     to_gates(q_rows() * x)
     keep(form, refs.dq, own, refs.k_tile, staging, x + by_row(refs.diagonal) * k_rows())
     x = pairs_sums.to_column()
@@ -291,19 +298,29 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     dk.add(x + by_row(refs.diagonal) * q_rows())
     if form.delta:
         pool.back(here)
-        x = pairs_sums.to_row(reached("dwritten", 0.0 - rows.factor("entry")))
+        x = pairs_sums.to_row(reached("dwritten", -1.0))
         refs.vectors[len(sums(form)) - 1] = jnp.sum(k_rows() * x, axis=1)
-        (x,) = now(x * beta)
+        (x,) = now(x * beta())
         to_gates(k_rows() * x)
         dk.add(x)
     pool.back(here)
-    x, through = None, across.inner("states", "dstates") if form.exact and form.decay != "none" else None
-    for written, dstates, *states in across.tiles("written", "dstates", *("states",) * (not form.exact)):
-        (new,) = now(dot(*map(nt, written, dstates)))
-        x = new if x is None else now(x + new)[0]
-        for y, z in zip(dstates, *states, strict=True) if states else ():
-            new = jnp.sum(read(y) * read(z), axis=1)
-            through = new if through is None else through + new
+    names = ("written", "dstates")
+    if form.decay == "none":
+        x, through = across.product(*names), None
+    elif form.exact:
+        through = across.inner("states", "dstates")
+        x = across.product(*names)
+    else:
+
+        def both(
+            carry: tuple[jax.Array, jax.Array], written: list[Operand], dstates: list[Operand], states: list[Operand]
+        ) -> tuple[jax.Array, jax.Array]:
+            x, through = carry
+            for y, z in zip(dstates, states, strict=True):
+                (through,) = now(through + jnp.sum(read(y) * read(z), axis=1))
+            return now(x + dot(*map(nt, written, dstates)))[0], through
+
+        x, through = across.fold((*names, "states"), both, (zeros(), no_rows()))
     (x,) = now(x * rows.factor("exit"))
     if vector:
         (x,) = now(x * summed(chosen, masks.j > masks.i, [gates])(0))
@@ -378,7 +395,7 @@ def call(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.
     gates = (form.fine + 1) * vector
     working = (
         (2 + form.delta) * together - form.fine * (1 + vector),
-        gates + (3 - form.exact) * together,
+        gates + (2 + (form.decay != "none" and not form.exact)) * together,
         gates + (2 + form.exact) * form.made,
     )
     return launch(

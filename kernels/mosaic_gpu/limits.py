@@ -13,11 +13,8 @@ TILE = 64
 LARGEST_KEY_SIZE = 128
 LARGEST_VALUE_SIZE = 256
 USUAL_VALUE_SIZE = 128
-"""Larger ones are compiled without spills by additive forms alone, in float32 where nothing decays."""
 SHARED_MEMORY = 232448
 """Bytes a block may have on Hopper."""
-WIDE = (("bfloat16", "none"), ("bfloat16", "scalar"), ("bfloat16", "vector"), ("float32", "none"))
-"""Those forms: dtype and decay."""
 VERSIONS = ((0, 11, 2), (0, 12))
 """JAX from the first and before the second: the Mosaic GPU interface changes between minor versions."""
 
@@ -30,6 +27,11 @@ def tiles(size: int) -> int:
 def pieces(dtype: str) -> int:
     """bfloat16 numbers that add up to one of `dtype`: what a tile takes in shared memory."""
     return 3 if dtype == "float32" else 1
+
+
+def too_wide(decay: str, dtype: str, value_size: int) -> bool:
+    """Whether the gradient kernel of a form would spill registers."""
+    return decay == "vector" and dtype == "float32" and value_size > USUAL_VALUE_SIZE
 
 
 def version() -> tuple[int, ...]:
@@ -59,8 +61,8 @@ def refusal(call: Call) -> str | None:
     if call.key_size > LARGEST_KEY_SIZE or call.value_size > LARGEST_VALUE_SIZE:
         most = f"K = {LARGEST_KEY_SIZE} and V = {LARGEST_VALUE_SIZE}"
         return f"K = {call.key_size}, V = {call.value_size}; the state must fit the registers: at most {most}"
-    if not interpreted and call.value_size > USUAL_VALUE_SIZE and (call.delta or (call.dtype, call.decay) not in WIDE):
-        return f"V = {call.value_size}: {call.op} in {call.dtype} would spill registers; at most {USUAL_VALUE_SIZE} there"
+    if not interpreted and too_wide(call.decay, call.dtype, call.value_size):
+        return f"V = {call.value_size}: {call.op} in float32 would spill registers; at most {USUAL_VALUE_SIZE} there"
     if call.dtype == "float32" and call.delta and call.key_size > TILE:
         return f"K = {call.key_size} in float32: the tiles of a delta rule fit shared memory up to K = {TILE}"
     return None

@@ -157,6 +157,11 @@ def zeros() -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), REGISTERS)
 
 
+def no_rows() -> jax.Array:
+    """Zeros [64] in registers, a number for each row of a tile."""
+    return plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), REGISTERS.reduce(1))
+
+
 def fetched(gmem: Any) -> jax.Array:
     """A tile of device memory straight to registers, float32."""
     return plgpu.load(gmem, layout=REGISTERS, optimized=False).astype(jnp.float32)

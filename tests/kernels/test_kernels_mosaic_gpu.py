@@ -31,13 +31,13 @@ COVERING = [
     ("linear_attention", 65, "one", "bfloat16", 16, 8),
     ("retention", 64, "one", "float32", 128, 64),
     ("simple_gla", 130, "segments", "float32", 16, 8),
-    ("gla", 65, "segments", "float32", 16, 8),
+    ("gla", 65, "segments", "float32", 16, 136),
     ("gla", 200, "segments", "bfloat16", 16, 8),
     ("delta_rule", 65, "one", "bfloat16", 16, 8),
     ("gated_delta_rule", 65, "segments", "float32", 16, 8),
     ("gated_delta_rule", 64, "one", "bfloat16", 128, 128),
     ("kda", 65, "segments", "float32", 16, 8),
-    ("kda", 65, "one", "bfloat16", 16, 8),
+    ("kda", 65, "one", "bfloat16", 16, 136),
     ("kda", 128, "segments", "bfloat16", 128, 64),
 ]
 KERNELS = ("pairs", "states", "outputs", "dstates", "gradients")
@@ -142,8 +142,10 @@ def call_of(**changes):
         ({"chunk_size": 32}, "chunk_size = 32; the kernels take 64"),
         ({"key_size": 256}, "must fit the registers: at most K = 128 and V = 256"),
         ({"dtype": "float32", "delta": True, "key_size": 128}, "K = 128 in float32"),
-        ({"dtype": "float32", "decay": "scalar", "value_size": 256}, "would spill registers; at most 128 there"),
-        ({"delta": True, "value_size": 130}, "V = 130: linear_attention in bfloat16 would spill registers"),
+        (
+            {"dtype": "float32", "decay": "vector", "value_size": 130},
+            "V = 130: linear_attention in float32 would spill registers",
+        ),
         ({"interpret": True}, "interpret= must be parameters of the GPU interpreter"),
     ],
 )
@@ -176,8 +178,13 @@ def test_register_counts_are_those_of_the_kernels_as_they_are_and_no_kernel_spil
     record = compiled.recorded()
     assert record["source"] == compiled.source_hash(), "python -m kernels.mosaic_gpu.compiled --write; see its docstring"
     assert not compiled.spilling(record["kernels"])
-    forms = {f"{decay}_decay_{'delta_rule' if delta else 'additive'}" for decay, delta in compiled.FORMS}
-    names = {f"{form}_{kernel} {dtype}" for form in forms for kernel in KERNELS for dtype in TOLERANCE}
+    cases = list(compiled.cases(TOLERANCE))
+    assert len(cases) == 22  # six forms, two dtypes, two widths, but two that are refused
+    names = {
+        f"{compiled.name(decay, delta)}_{kernel} {dtype}{' wide' if wide else ''}"
+        for decay, delta, dtype, wide in cases
+        for kernel in KERNELS
+    }
     assert set(record["kernels"]) == names
 
 

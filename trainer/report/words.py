@@ -30,8 +30,11 @@ METHOD = (
 
 
 def sentence(text: str) -> str:
-    """With a capital and a full stop; nothing stays nothing."""
-    return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
+    """With a full stop, and a capital unless it begins with the name of a file; nothing stays nothing."""
+    if not text:
+        return ""
+    first = text[0] if "/" in text.split()[0] else text[0].upper()
+    return first + text[1:].rstrip(".") + "."
 
 
 def headline(report: Report) -> str:
