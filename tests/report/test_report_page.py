@@ -14,6 +14,7 @@ from trainer.report.analysis import analyse
 from trainer.report.cli import main, write
 from trainer.report.figures import draw
 from trainer.report.results import of_plan
+from trainer.report.words import sentence
 from trainer.sweep import Arm, Claim, Rule, Scale, axis
 
 RATE = "optimizer.direction.learning_rate"
@@ -179,3 +180,8 @@ def test_twenty_arms_leave_room_for_their_curves(planted, make_experiment):
         float(re.search(r'height="([0-9.]+)pt"', drawing.svg).group(1)) for drawing in drawn if drawing.name.startswith("curve")
     ]
     assert min(heights) > 72 * 5
+
+
+def test_a_note_begins_with_a_capital_unless_it_begins_with_a_file():
+    assert sentence("two cores.") == "Two cores." and sentence("configs/tiny.py as it is") == "configs/tiny.py as it is."
+    assert sentence("") == ""
