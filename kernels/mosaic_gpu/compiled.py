@@ -29,7 +29,17 @@ from kernels.mosaic_gpu.limits import too_wide
 
 HERE = Path(__file__).parent
 RECORD = HERE / "registers.json"
-SOURCES = ("decays.py", "gradients.py", "layout.py", "limits.py", "outputs.py", "pairs.py", "states.py", "tiles.py")
+SOURCES = (
+    "across.py",
+    "decays.py",
+    "gradients.py",
+    "layout.py",
+    "limits.py",
+    "outputs.py",
+    "pairs.py",
+    "states.py",
+    "tiles.py",
+)
 SHAPE = {"batch": 2, "length": 16384, "heads": 16, "key_size": 128, "value_size": 128}
 WIDE = {"value_size": 256}
 """Each form that is served is compiled with values of this size as well."""

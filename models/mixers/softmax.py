@@ -130,7 +130,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, causal: 
     def layers_as_heads(layers: int, batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
         *qkv, mask = arrays
         if batched[3]:
-            raise NotImplementedError("layers that run at once have one mask")
+            raise AssertionError("layers that run at once have one mask")
         qkv = [x if own else jnp.broadcast_to(x[None], (layers, *x.shape)) for x, own in zip(qkv, batched[:3], strict=True)]
         groups = qkv[1].shape[3]  # outermost, so that every query head still reads its own key head
         mixed = fused(*(_layers_as_heads(x, groups) for x in qkv), mask)
