@@ -183,10 +183,15 @@ class Loop:
         )
         restored = self.checkpointer.restore(shapes)
         if restored is not None:
-            return self._counting_anew(restored.state), restored.host, restored.step
-        if self.config.init_from.run is None:
-            return self.setup.initial_state(self.setup.initial_params()), {}, 0
-        return self._donated(shapes)
+            state, host, done = restored.state, restored.host, restored.step
+        elif self.config.init_from.run is None:
+            state, host, done = self.setup.initial_state(self.setup.initial_params()), {}, 0
+        else:
+            state, host, done = self._donated(shapes)
+        if done and jax.device_get(state["guard"]["halted"]):
+            # Whoever starts a run again that halted on non-finite losses has seen why; it counts anew.
+            state |= {"guard": self.setup.put_scalars({"skipped": np.int32(0), "halted": np.bool_(False)})}
+        return state, host, done
 
     def _donated(self, shapes: Any) -> tuple[Any, dict[str, Any], int]:
         """As `_restore`, from the run that `init_from` names.
@@ -194,36 +199,12 @@ class Loop:
         Which step "the latest" was is kept, so that a start that was cut short before its first checkpoint begins again
         from the same weights, although the other run may have gone on.
         """
-        source = self.config.init_from
-        directory = Path(source.run)
         before = self.directory.read_json("init_from.json") or {}
-        step = before["step"] if before.get("run") == source.run and source.step is None else source.step
-        record: dict[str, Any] = {"run": source.run}
-        if source.branches:
-            restored = runs.state_for(self.setup, shapes, directory, step)
-            record["step"], what = restored.step, "parameters and optimizer state"
-            host = {"data": restored.host["data"]} if source.take == "all" else {}
-            found = self._counting_anew(restored.state), host, restored.step
-        else:
-            what = "parameters"
-            if source.convert is None:
-                params, record["step"] = runs.params_for(self.setup, directory, step)
-            else:
-                params, record["step"], record["lost"] = runs.converted_for(self.setup, directory, step)
-            found = self.setup.initial_state(params), {}, 0
+        found, record, notes = runs.donated(self.setup, shapes, before)
         if processes.first():
             self.directory.write_json("init_from.json", record)
-        self.notes.append(f"{what} come from {source.run} at step {record['step']}")
-        if record.get("lost"):
-            name, share = max(record["lost"].items(), key=lambda entry: entry[1])
-            self.notes.append(f"the conversion lost at most {share:.4f} of a parameter ({name}); all are in init_from.json")
+        self.notes += notes
         return found
-
-    def _counting_anew(self, state: Any) -> Any:
-        """Whoever starts a run again that halted on non-finite losses has seen why; it counts anew."""
-        if jax.device_get(state["guard"]["halted"]):
-            return state | {"guard": self.setup.put_scalars({"skipped": np.int32(0), "halted": np.bool_(False)})}
-        return state
 
     def _write_first_files(self, done: int) -> None:
         if not processes.first():

@@ -115,6 +115,45 @@ def restore_params(directory: Path, setup: Setup, step: int | None) -> tuple[Any
     return restored.state["params"], restored.host, restored.step
 
 
+def donated(
+    setup: Setup, shapes: Any, before: dict[str, Any]
+) -> tuple[tuple[Any, dict[str, Any], int], dict[str, Any], list[str]]:
+    """What the run of `setup` starts with according to `init_from`.
+
+    Args:
+      setup: of a run whose `init_from.run` is set.
+      shapes: of its training state, as `jax.ShapeDtypeStruct` with shardings.
+      before: the record of an earlier start of the same run, or empty.
+
+    Returns:
+      Training state, what was saved with it and the updates done; a record for `init_from.json`; notes for the user.
+
+    Raises:
+      ConfigError: as `params_for`.
+    """
+    source = setup.config.init_from
+    directory = Path(source.run)
+    record: dict[str, Any] = {"run": source.run}
+    step = before["step"] if before.get("run") == source.run and source.step is None else source.step
+    if source.branches:
+        restored = state_for(setup, shapes, directory, step)
+        record["step"], what = restored.step, "parameters and optimizer state"
+        host = {"data": restored.host["data"]} if source.take == "all" else {}
+        found = restored.state, host, restored.step
+    else:
+        what = "parameters"
+        if source.convert is None:
+            params, record["step"] = params_for(setup, directory, step)
+        else:
+            params, record["step"], record["lost"] = converted_for(setup, directory, step)
+        found = setup.initial_state(params), {}, 0
+    notes = [f"{what} come from {source.run} at step {record['step']}"]
+    if record.get("lost"):
+        name, share = max(record["lost"].items(), key=lambda entry: entry[1])
+        notes.append(f"the conversion lost at most {share:.4f} of a parameter ({name}); all are in init_from.json")
+    return found, record, notes
+
+
 def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, int]:
     """Another run's parameters for the model of `setup`, laid out as its own, and their step.
 
