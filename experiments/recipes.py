@@ -2,7 +2,8 @@
 
     python -m trainer.sweep experiments/recipes.py --scale smoke     minutes
     python -m trainer.sweep experiments/recipes.py --part 1          laptop, the headline: AdamW, Muon, Muon with LLR
-    python -m trainer.sweep experiments/recipes.py                   laptop, with part 2: the other layerwise rates
+    python -m trainer.sweep experiments/recipes.py --part 2          and the other layerwise rates
+    python -m trainer.sweep experiments/recipes.py                   and, part 3, a control of LLR
     python -m trainer.report experiments/recipes.py
 
 No paper is re-run here: the question is which recipe the project's first config should have, and the table is what a user
@@ -41,7 +42,7 @@ def arms() -> list[Arm]:
             layerwise("llr", MUON, outer="least"),
             tune=grid(0.005, 0.01, 0.02),
             by_scale=small,
-            part=2,
+            part=3,
             control="is it the rate of embedding and head?",
         ),
         Arm(

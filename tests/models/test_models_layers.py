@@ -10,6 +10,7 @@ from flax import nnx
 
 import models
 from models import options
+from models.layers.norm import DyT, make_norm
 from models.layers.parameter import parameter
 from models.placements.placement import Context
 from strata import implementation, register, registry
@@ -107,6 +108,50 @@ def test_the_norm_of_zeros_is_zero_with_a_finite_gradient():
         norm = implementation(option)(option, 8, rngs=nnx.Rngs(0))
         value, gradient = jax.value_and_grad(lambda x, norm=norm: jnp.sum(norm(x)))(jnp.zeros((1, 8)))
         assert float(value) == 0 and np.isfinite(gradient).all()
+
+
+def test_dyt_is_bounded_odd_elementwise_and_nearly_linear_for_a_small_slope():
+    x = 3 * np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    norm = DyT(options.DyT(alpha=0.5), 8, rngs=nnx.Rngs(0))
+    gain = np.linspace(-2, 2, 8, dtype=np.float32)
+    norm.scale[...] = jnp.asarray(gain)
+    value = np.asarray(norm(jnp.asarray(x)))
+    np.testing.assert_allclose(value, gain * np.tanh(0.5 * x), atol=1e-6)
+    assert (np.abs(norm(jnp.asarray(1e4 * x))) <= np.abs(gain) + 1e-6).all()
+    np.testing.assert_array_equal(norm(jnp.asarray(-x)), -value)
+    other = x.copy()
+    other[:, :, 0] += 1  # no statistics: other units and tokens do not notice
+    np.testing.assert_array_equal(np.asarray(norm(jnp.asarray(other)))[:, :, 1:], value[:, :, 1:])
+    norm.alpha[...] = jnp.float32(1e-3)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), 1e-3 * gain * x, rtol=1e-4)
+    assert DyT(options.DyT(bias=True), 8, rngs=nnx.Rngs(0)).bias[...].tolist() == [0.0] * 8
+
+
+def test_slopes_of_dyt_start_higher_before_the_mixer():
+    model = options.Model(width=8, norm=options.DyT(alpha=0.6, alpha_other=0.15))
+    slopes = {site: float(make_norm(model, site, rngs=nnx.Rngs(0)).alpha[...]) for site in ("mixer", "ffn", "final")}
+    assert slopes == {"mixer": pytest.approx(0.6), "ffn": pytest.approx(0.15), "final": pytest.approx(0.15)}
+
+
+@pytest.mark.parametrize(
+    ("placement", "feeding", "other"),
+    [
+        ("pre", ["mixer_norm"], ["ffn_norm"]),
+        ("post", ["ffn_norm"], ["mixer_norm"]),
+        ("deepnorm", ["ffn_norm"], ["mixer_norm"]),
+        ("sandwich", ["mixer_norm"], ["ffn_norm", "mixer_out_norm", "ffn_out_norm"]),
+        ("parallel", ["norm"], []),
+    ],
+)
+def test_the_norm_that_feeds_a_mixer_has_its_slope_wherever_it_stands(config, params, placement, feeding, other):
+    fields = config(width=8, heads=1, norm={"name": "dyt"}, placement={"name": placement})
+    found = {
+        path: float(value[0])
+        for path, value in params(models.build(fields, vocab_size=11, seed=0)).items()
+        if ".placement." in path and path.endswith("alpha")
+    }
+    slopes = {name: 0.8 for name in feeding} | {name: 0.2 for name in other}
+    assert found == {f"blocks.block0.placement.{name}.alpha": pytest.approx(slope) for name, slope in slopes.items()}
 
 
 FORMULAS = {

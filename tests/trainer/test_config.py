@@ -248,6 +248,8 @@ def test_plugins_register_components_and_are_checked_alike(write, tmp_path, monk
     (tmp_path / "my_exit_for_test.py").write_text("import sys\nsys.exit(0)\n")
     assert "importing my_exit_for_test raised SystemExit" in fails(write(BASE), ("plugins", "my_exit_for_test"))
     assert "importing no_such_module raised" in fails(write(BASE), ("plugins", "no_such_module"))
+    for number in ("9", "[9]"):
+        assert "importing" not in (problem := fails(write(BASE), ("plugins", number))) and "expected a string" in problem
 
 
 def test_the_run_id_is_the_hash_of_semantic_keys_and_the_seed(write):

@@ -1,11 +1,4 @@
-"""Depth diagnostics: each is what its formula says, for every way to build a stack, and none of them touches training."""
-
-import copy
-import json
-import math
-import os
-import subprocess
-import sys
+"""Depth diagnostics: each is what its formula says, for every way to build a stack."""
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +7,17 @@ import pytest
 from flax import nnx
 
 import models
-import trainer
 from models.placements.placement import leave_stream
 from optim.options import Optimizer
 from optim.recipe import RecipeState
 from optim.roles import by_path, parameters
-from strata import ConfigError, implementation, lookup, registry
+from strata import implementation, lookup, registry
 from trainer import config as configuration
-from trainer import diff, loop
-from trainer.diagnostics.angular_distance import angle
 from trainer.diagnostics.attention_entropy import attention_weights
-from trainer.diagnostics.effective_rank import exponential_entropy
 from trainer.diagnostics.measure import Diagnosis, plain
-from trainer.diagnostics.options import KIND, Diagnostics, diagnostic
-from trainer.diagnostics.pictures import leaves
-from trainer.diagnostics.trace import Trace, momentum
-from trainer.metrics import read_metrics
-from trainer.metrics.jsonl import encode, scalars
+from trainer.diagnostics.options import KIND, Diagnostics
+from trainer.diagnostics.trace import Trace
+from trainer.metrics.jsonl import encode
 from trainer.setup import assemble
 
 VOCAB, LAYERS, WIDTH = 11, 4, 16
@@ -313,14 +300,6 @@ def test_the_state_gradient_at_the_embedding_is_that_of_the_table(traced):
     np.testing.assert_allclose(rows, trace.gradients[0]["embedding"]["table"], rtol=1e-3, atol=1e-6)
 
 
-def test_the_angle_is_exact_at_both_ends():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((50, 7)), jnp.float32)
-    x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    assert (angle(x, x) == 0).all() and (angle(x, -x) == 1).all()
-    cosine = np.sum(np.asarray(x[:-1], float) * np.asarray(x[1:], float), axis=-1)
-    np.testing.assert_allclose(angle(x[:-1], x[1:]), np.arccos(cosine) / np.pi, rtol=1e-4)
-
-
 def test_angular_distances_are_between_the_states_named_by_row_and_column(traced):
     trace = traced(model_of())
     found = measure("angular_distance", trace)
@@ -342,16 +321,6 @@ def test_the_lens_of_the_last_state_is_the_model(traced):
     assert (found["kl"][:-1] > 1e-3).all() and (found["overlap"][:-1] < 1).any()
     final, first = (np.asarray(jax.nn.softmax(trace.logits(trace.states[i])), float) for i in (-1, 0))
     assert found["kl"][0] == pytest.approx(float(trace.mean(np.sum(first * np.log(first / final), axis=-1))), rel=1e-3)
-
-
-@pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
-def test_the_effective_rank_of_a_planted_spectrum_is_the_exponential_of_its_entropy(shape):
-    rng = np.random.default_rng(0)
-    u, v = (np.linalg.qr(rng.standard_normal((n, 6)))[0] for n in shape)
-    for values in ([1, 1, 1, 0, 0, 0], [5, 0, 0, 0, 0, 0], [4, 3, 2, 1, 0.5, 1e-3]):
-        shares = np.array(values)[np.array(values) > 0] / np.sum(values)
-        matrix = jnp.asarray(u * values @ v.T, jnp.float32)
-        assert float(exponential_entropy(matrix)) == pytest.approx(math.exp(-np.sum(shares * np.log(shares))), rel=1e-3)
 
 
 def test_uniform_attention_has_the_entropy_of_as_many_choices_as_it_sees(traced):
@@ -402,15 +371,6 @@ def test_momentum_of_orthogonal_matrices_has_equal_singular_values(traced):
     assert np.isnan(found["mixer.out"][1]).all()
 
 
-@pytest.mark.parametrize("direction", ["muon", "adamw", "sgd", "optax"])
-def test_momentum_is_found_in_the_state_of_an_optimizer(tiny, direction):
-    setup = assemble(configuration.resolve_config(tiny(optimizer__direction={"name": direction})))
-    found = momentum(setup.abstract_state()["optimizer"], declared := parameters(setup.model))
-    matrices = [path for path, parameter in declared.items() if parameter.role == "matrix"]
-    assert set(matrices) <= set(found)
-    assert all(found[path].shape == declared[path].shape for path in found)
-
-
 def test_large_matrices_are_decomposed_in_a_few_layers_and_the_user_is_told(tiny, traced):
     whole, few = (measure("heavy_tail", traced(model_of(), largest_matrix=limit)) for limit in (WIDTH, WIDTH - 1))
     assert set(few) == set(whole)
@@ -427,142 +387,3 @@ def test_large_matrices_are_decomposed_in_a_few_layers_and_the_user_is_told(tiny
     (note,) = Diagnosis(assemble(config)).notes
     assert "heavy_tail and momentum_spectrum look at 1 layer(s) of 7 kinds of matrix" in note and "= 8" in note
     assert Diagnosis(assemble(configuration.resolve_config(tiny()))).notes == []
-
-
-# ---- in a run
-
-
-def rows(directory, splits):
-    found = read_metrics(directory / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "timing"} for row in found if row["split"] in splits]
-
-
-def same(one, two):
-    equal = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), one, two)
-    return all(jax.tree.leaves(equal))
-
-
-class Killed(Exception):
-    pass
-
-
-def test_training_is_bit_identical_with_and_without_and_a_resumed_run_has_the_same_rows(tiny, tmp_path, monkeypatch, capsys):
-    config = tiny(optimizer__direction={"name": "muon"}, diagnostics__every=2, train__steps=7)
-    trainer.train(config | {"diagnostics": {"every": 0}}, tmp_path / "without")
-    trainer.train(config, tmp_path / "with")
-    assert rows(tmp_path / "with", ("train", "val")) == rows(tmp_path / "without", ("train", "val"))
-    assert same(trainer.load(tmp_path / "with").params, trainer.load(tmp_path / "without").params)
-    found = rows(tmp_path / "with", ("diagnostics",))
-    assert [row["step"] for row in found] == [2, 4, 6] and rows(tmp_path / "without", ("diagnostics",)) == []
-    assert set(found[0]) == {"step", "split", *EVERY} - {"loop_change", "multipliers", "newton_schulz"}
-
-    read, killed = loop.Loop._read, []
-
-    def read_until(self, pending, *rest, **more):
-        if pending and pending[-1].step == 5 and not killed:
-            killed.append(True)
-            raise Killed
-        return read(self, pending, *rest, **more)
-
-    monkeypatch.setattr(loop.Loop, "_read", read_until)
-    with pytest.raises(Killed):
-        trainer.train(config, tmp_path / "resumed")
-    trainer.train(config, tmp_path / "resumed")
-    every = ("train", "val", "diagnostics")
-    assert rows(tmp_path / "resumed", every) == rows(tmp_path / "with", every)
-
-    # Strict JSON of numbers, null and lists; the mirrors get only the numbers that stand alone; `diff` can show it.
-    for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-        if row["split"] == "diagnostics":
-            assert '"NaN"' not in line and '"Infinity"' not in line
-            names = set(scalars(row)) - {f"timing/diagnostics/{name}" for name in row["timing"]}
-            assert names == {
-                "diagnostics/cosine/effective_depth", "diagnostics/logit_lens/effective_depth",
-                "diagnostics/gradient_norm/variation", "diagnostics/stream/growth",
-            }  # fmt: skip
-    capsys.readouterr()
-    assert diff.main([str(tmp_path / "with"), str(tmp_path / "without")]) == 0
-    assert "diagnostics.contribution" in capsys.readouterr().out
-
-
-def test_a_diagnostic_is_one_function_and_one_line(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(registry._components, KIND, dict(registry._components[KIND]))
-    (tmp_path / "gains_plugin.py").write_text(
-        "import jax.numpy as jnp\n"
-        "from trainer.diagnostics.options import diagnostic\n"
-        'diagnostic("norm_gain", "gains_plugin:norm_gain")\n\n\n'
-        "def norm_gain(trace):\n"
-        '    gains = {path: w for path, w in trace.weights.items() if "norm" in path and path.startswith("blocks.")}\n'
-        "    return trace.per_layer({path: jnp.mean(w, axis=-1) for path, w in gains.items()})\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    config = configuration.resolve_config(tiny(plugins=["gains_plugin"], diagnostics__names=["norm_gain"]))
-    setup = assemble(config)
-    state = {"params": setup.initial_params(), "optimizer": ()}
-    row = Diagnosis(setup).row(state)
-    assert row["norm_gain"]["placement.mixer_norm.scale"] == [1.0, 1.0]
-
-
-def test_diagnostics_are_those_of_the_float32_model_whatever_the_run_computes_with(tiny):
-    graphs = [
-        Diagnosis(assemble(configuration.resolve_config(tiny(**fields))))._graph
-        for fields in ({}, {"train__precision": "bfloat16", "train__remat": "full", "model__depth": {"unroll": True}},
-                       {"model__mixer": {"name": "attention", "implementation": "xla"}})
-    ]  # fmt: skip
-    assert graphs[0] == graphs[1] == graphs[2]
-
-
-MESHES = """
-import json, sys
-import jax
-from trainer import config as configuration
-from trainer.diagnostics.measure import Diagnosis
-from trainer.setup import assemble
-
-rows = []
-for mesh in ({}, {"data": 2, "tensor": 2}, {"fsdp": 2, "data": 2}):
-    setup = assemble(configuration.resolve_config(json.loads(sys.argv[1]) | {"mesh": mesh}))
-    with jax.set_mesh(setup.mesh):
-        rows.append(Diagnosis(setup).row(setup.initial_state(setup.initial_params())))
-print(json.dumps(rows))
-"""
-
-
-@pytest.mark.slow
-def test_every_mesh_measures_the_same(tiny, root):
-    config = tiny(model__output_init="normal", model__head_std=0.3, diagnostics__sequences=3)  # 3 do not divide over a mesh
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-c", MESHES, json.dumps(config)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, *others = json.loads(done.stdout.splitlines()[-1])
-    for other in others:
-        for (path, a), (_, b) in zip(*(leaves(row) for row in (one, other)), strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-6, err_msg=".".join(path))
-
-
-# ---- the config
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones(tiny):
-    with pytest.raises(ConfigError) as error:
-        configuration.resolve_config(tiny(diagnostics__names=["stream", "angular"]))
-    assert "diagnostics.names" in str(error.value) and "did you mean angular_distance" in str(error.value)
-    assert all(name in str(error.value) for name in EVERY)
-    with pytest.raises(ConfigError, match="diagnostics.every = 0 turns them off"):
-        configuration.resolve_config(tiny(diagnostics__names=[]))
-
-
-def test_diagnostics_change_no_run_id_and_no_resume(tiny):
-    plain_config = configuration.resolve_config(tiny())
-    tree = copy.deepcopy(tiny()) | {"diagnostics": {"every": 3, "names": ["stream"], "sequences": 2, "skip_positions": 0}}
-    other = configuration.resolve_config(tree)
-    assert configuration.run_id(plain_config) == configuration.run_id(other)
-    assert {difference.key for difference in configuration.compare(plain_config, other)} == {"cosmetic"}
-
-
-def test_a_registered_name_is_taken_once(monkeypatch):
-    monkeypatch.setitem(registry._components, KIND, dict(registry._components[KIND]))
-    diagnostic("fresh", "somewhere:fresh")
-    assert "fresh" in Diagnostics().chosen and Diagnostics(names=("stream", "stream")).chosen == ("stream",)

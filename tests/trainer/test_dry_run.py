@@ -8,6 +8,7 @@ import pytest
 
 import models
 from optim.roles import path_of
+from strata import ConfigError
 from trainer import config as configuration
 from trainer.dry_run import dry_run
 from trainer.flops import training_flops
@@ -179,3 +180,9 @@ def test_a_window_costs_what_it_sees(report):
     _, setup = report(model__mixer={"name": "attention", "window": 4})
     seen = sum(min(i + 1, 4) for i in range(16)) / 16
     assert training_flops(setup.model, 16).causal == pytest.approx(12 * 2 * 16 * seen)
+
+
+def test_a_run_to_start_from_that_is_none_is_told(tiny, tmp_path):
+    config = configuration.resolve_config(tiny(init_from__run=str(tmp_path / "gone")))
+    with pytest.raises(ConfigError, match="gone does not exist"):
+        dry_run(config)

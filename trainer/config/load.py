@@ -76,13 +76,15 @@ def _import_plugins(tree: Mapping[str, Any], changes: Sequence[tuple[str, str]])
     plugins = dict(changes).get("plugins", tree.get("plugins", ()))
     if isinstance(plugins, str):
         literal = read_literal(plugins)
-        plugins = literal if isinstance(literal, (list, tuple)) else [name for name in plugins.split(",") if name]
+        plugins = [name for name in plugins.split(",") if name] if isinstance(literal, str) else literal
     problems = []
     for name in plugins if isinstance(plugins, (list, tuple)) else ():
+        if not isinstance(name, str):
+            continue  # reported where types are checked
         try:
-            importlib.import_module(str(name))
+            importlib.import_module(name)
         except (Exception, SystemExit) as error:
-            problems.append(Problem("plugins", f"importing {name} raised {type(error).__name__}: {error}", str(name)))
+            problems.append(Problem("plugins", f"importing {name} raised {type(error).__name__}: {error}", name))
     return problems
 
 
