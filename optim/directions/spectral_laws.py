@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from optim.options.roles import KINDS
 
@@ -96,6 +95,8 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit:
     Raises:
       ValueError: fewer than two sizes, or values that are not positive.
     """
+    from scipy import stats  # two thirds of a second, at every start if it stood above
+
     x, y = np.log(np.asarray(sizes, np.float64)), np.asarray(values, np.float64)
     if len(np.unique(x)) < 2:
         raise ValueError("a law needs runs of at least two sizes")

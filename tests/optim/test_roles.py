@@ -27,6 +27,11 @@ def test_importing_optim_and_its_options_loads_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_muon_starts_without_the_statistics_that_fitting_laws_needs():
+    code = "import sys, optim.directions.muon, optim.directions.layer_aware; sys.exit('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_functions_are_not_hidden_by_modules_imported_before():
     code = (
         "import optim.directions.muon, optim.directions.adamw, optim.directions.newton_schulz\n"

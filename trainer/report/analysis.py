@@ -232,7 +232,7 @@ def to_json(report: Report) -> dict[str, Any]:
             "arms": [dataclasses.asdict(arm) for arm in report.arms],
             "claims": [_claim(verdict, results) for verdict in report.verdicts],
             "tuning": [dataclasses.asdict(choice) for choice in results.choices],
-            "runs": [_run(record) for record in results.records],
+            "runs": [_run(record, results) for record in results.records],
             "rules": results.rules,
             "changes": uncommitted(results),
             "source": {"file": results.source, "text": results.text, "command": results.command},
@@ -318,7 +318,10 @@ def _log_base(metric: Metric) -> float | None:
     return metric.log_base if metric.kind == "value" else None
 
 
-def _run(record: Record) -> dict[str, Any]:
+def _run(record: Record, results: Results) -> dict[str, Any]:
+    # What is reached when another arm's run is counted in is not the run's own.
+    metrics = [results.metric, *results.also, *(claim.metric for claim in results.claims if claim.metric)]
+    numbers = {metric.label: results.value(record, metric) for metric in metrics if not isinstance(metric.target, str)}
     names = ("python", "packages", "platform", "devices", "cpus", "processor", "variables", "data")
     kept = {k: v for k, v in record.environment.items() if k in names}
     return {
@@ -331,6 +334,7 @@ def _run(record: Record) -> dict[str, Any]:
         "step": record.found.step,
         "message": record.found.message,
         "tokens": record.tokens,
+        "numbers": {label: found for label, found in numbers.items() if found} if record.state == "finished" else {},
         "command": record.command,
         "versions": record.versions,
         "modules": dict(record.modules),

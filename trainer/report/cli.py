@@ -24,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--runs", default="runs", help="where run directories are (default runs)")
     parser.add_argument("--out", type=Path, default=None, help="directory of the report (default: report/ beside the ledger)")
     parser.add_argument("--compare", default=None, metavar="OTHER", help="another report.json, or what one can be made of")
+    parser.add_argument("--earlier", default=None, metavar="REPORT", help="report.json to know runs from that are gone")
     arguments = parser.parse_args(argv)
-    results = read_results(arguments.target, scale=arguments.scale, runs=arguments.runs)
+    results = read_results(arguments.target, scale=arguments.scale, runs=arguments.runs, earlier=arguments.earlier)
     report = analyse(results)
     comparison = None
     if arguments.compare is not None:

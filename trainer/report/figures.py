@@ -300,14 +300,15 @@ def _u_curves(results: Results) -> list[Drawing]:
         for record in results.of(arm.name, "tune"):
             x = _at(record.config, path)
             mark = "chosen" if record.point == choice.chosen else ""
-            families.setdefault(path, {}).setdefault(f"{arm.name} (tuning)", []).append((x, _final(record, metric), mark))
+            point = (x, _final(results, record, metric), mark)
+            families.setdefault(path, {}).setdefault(f"{arm.name} (tuning)", []).append(point)
     for path in dict.fromkeys(path for arm in results.arms for path in arm.changes):
         groups: dict[str, list[tuple[float, float | None, str]]] = {}
         for arm in results.arms:
             if path in arm.changes:
                 rest = ", ".join(f"{p.rsplit('.', 1)[-1]}={v}" for p, v in arm.changes.items() if p != path) or "all"
                 for record in results.of(arm.name):
-                    groups.setdefault(rest, []).append((_at(record.config, path), _final(record, metric), ""))
+                    groups.setdefault(rest, []).append((_at(record.config, path), _final(results, record, metric), ""))
         for name, points in groups.items():
             if len({x for x, _, _ in points if x is not None}) > 2:
                 families.setdefault(path, {})[name] = points
@@ -324,10 +325,10 @@ def _at(config: Any, path: str) -> float | None:
     return float(config) if isinstance(config, int | float) and not isinstance(config, bool) else None
 
 
-def _final(record: Record, metric: Metric) -> float | None:
+def _final(results: Results, record: Record, metric: Metric) -> float | None:
     """None for a run that did not finish with a number: it is drawn as a cross on top."""
-    number = outcomes.value(record.rows, metric) if record.state == "finished" else None
-    return number if number is not None and math.isfinite(number) else None
+    number = results.value(record, metric) if record.state == "finished" else None
+    return None if number is None else number[0]
 
 
 def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]], metric: Metric) -> Drawing:

@@ -12,6 +12,7 @@ from typing import Any
 
 from strata import ConfigError, StrataError
 from trainer.metrics.jsonl import read_metrics
+from trainer.report.earlier import Earlier
 from trainer.report.promises import changed_rules
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
@@ -34,6 +35,7 @@ class Record:
       versions: of the code, one a start; more than one for a run that went on under other code.
       modules: digests of plugins and of a measurement's module, likewise, as `(name, digest)`.
       machine: in words.
+      numbers: of a run that only an earlier report knows: by label of a metric, as `Results.values` gives them.
     """
 
     arm: str
@@ -51,6 +53,7 @@ class Record:
     modules: tuple[tuple[str, str], ...] = ()
     machine: str = ""
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    numbers: Mapping[str, tuple[float, bool]] = dataclasses.field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -107,10 +110,13 @@ class Results:
         found: dict[int, tuple[float, bool] | None] = {}
         for record in self.of(arm):
             if record.state == "finished":
-                found[record.seed] = self._value(record, metric)
+                found[record.seed] = self.value(record, metric)
         return found
 
-    def _value(self, record: Record, metric: Metric) -> tuple[float, bool] | None:
+    def value(self, record: Record, metric: Metric) -> tuple[float, bool] | None:
+        """As in `values`, of one finished run."""
+        if record.numbers:
+            return record.numbers.get(metric.label)
         if metric.kind == "value":
             number = outcomes.value(record.rows, metric)
             return None if number is None or not math.isfinite(number) else (number, False)
@@ -131,8 +137,8 @@ class Results:
         goal = dataclasses.replace(metric, kind="value", target=None)
         for record in self.of(metric.target):
             if record.seed == seed and record.state == "finished":
-                number = outcomes.value(record.rows, goal)
-                return number if number is not None and math.isfinite(number) else None
+                number = self.value(record, goal)
+                return None if number is None else number[0]
         return None
 
 
@@ -146,22 +152,37 @@ def seconds_at(points: Sequence[tuple[float, float]], step: float) -> float | No
     return None
 
 
-def read_results(target: str, *, scale: str | None = None, runs: str = "runs") -> Results:
+def read_results(target: str, *, scale: str | None = None, runs: str = "runs", earlier: str | Path | None = None) -> Results:
     """Of an experiment file, a sweep's directory, or a directory of run directories.
 
+    Args:
+      target: path of one of these.
+      scale: of an experiment file; None: laptop, or its first.
+      runs: where run directories are.
+      earlier: a `report.json` for runs of an experiment file that are not there (`trainer.report.earlier`).
+
     Raises:
-      ConfigError: it is none of these, or holds no runs.
+      ConfigError: it is none of these, or holds no runs; or as `Earlier`.
     """
     path = Path(target)
     if path.is_dir():
+        if earlier is not None:
+            raise ConfigError(f"--earlier needs the experiment's file, and {target} is a directory")
         if (path / "plan.json").is_file():
             return _of_sweep(path)
         return _of_directory(path)
     source = read(target)
     name = source.experiment.choose_scale(scale)
     place = Place(runs, f"{source.experiment.name}-{name}")
-    plan = make_plan(source, name, score=place.score(source.experiment.metric), runs_at=place.runs)
-    return of_plan(plan, place)
+    metric = source.experiment.metric
+    if earlier is None:
+        return of_plan(make_plan(source, name, score=place.score(metric), runs_at=place.runs), place)
+    before = Earlier(earlier)
+    before.check(source.experiment.name, name)
+    plan = make_plan(source, name, score=before.score(metric, place.score(metric)), runs_at=place.runs)
+    results = of_plan(plan, place)
+    before.fill(results, plan)
+    return results
 
 
 def _of_sweep(path: Path) -> Results:

@@ -1,0 +1,88 @@
+"""Runs whose directories are gone, known from an earlier report alone."""
+
+import json
+import shutil
+
+import pytest
+
+from strata import ConfigError
+from tests.report.conftest import FILE
+from trainer.report.analysis import analyse, to_json
+from trainer.report.figures import draw
+from trainer.report.results import read_results
+from trainer.report.tables import runs
+from trainer.report.verdicts import REPRODUCED
+
+TUNED = 'tune=Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5, 0.9]), seeds=[100])'
+ENDS = {"a": [2.1, 2.0, 2.2, 2.05, 2.15], "b": [1.1, 1.2, 1.0, 1.15, 1.05]}
+
+
+@pytest.fixture
+def report_file(planted):
+    """Of a finished sweep with a tuned arm, whose directories of that arm are then removed."""
+    tuned = FILE.replace('control="nothing <b>bold</b>"', f'control="nothing", {TUNED}')
+    (planted.root / "planted.py").write_text(tuned)
+    for _ in range(2):  # runs that compare are known once the tuning has ended
+        for run in planted.plan().runs:
+            end = 1.0 + abs(float(run.point.split("=")[1]) - 0.5) if run.stage == "tune" else ENDS[run.arm][run.seed]
+            planted.write(run, [4.0, 3.0, end])
+    plan = planted.plan()
+    planted.place.write_plan(plan)
+    (planted.root / "report.json").write_text(json.dumps(to_json(analyse(read_results("planted.py")))))
+    for run in plan.runs:
+        if run.arm == "b":
+            shutil.rmtree(planted.place.directory(run))
+    return planted.root / "report.json"
+
+
+def test_what_is_gone_counts_as_the_report_said(planted, report_file):
+    whole = json.loads(report_file.read_text())
+    assert len(read_results("planted.py").unfinished) == 3  # the tuning begins anew, and no comparison is known
+    report = analyse(read_results("planted.py", earlier=report_file))
+    found = to_json(report)
+    assert report.finished and report.verdicts[0].word == REPRODUCED
+    for key in ("arms", "claims", "tuning", "runs"):
+        assert found[key] == json.loads(json.dumps(whole[key])), key
+    assert any("8 runs are known from an earlier report alone" in text and "(b 8)" in text for text in report.warnings)
+    assert not any("changed" in text for text in report.warnings)
+    assert [row[4] for row in runs(report).rows if row[0].startswith("b [") and row[1] == "0"] == ["1.1"]
+
+
+def test_it_is_in_pictures_of_numbers_and_in_none_of_curves(report_file):
+    drawings = {drawing.name: drawing for drawing in draw(analyse(read_results("planted.py", earlier=report_file)))}
+    curves = [drawing for name, drawing in drawings.items() if name.startswith("curve")]
+    assert curves and all("a (n = 5)" in drawing.alt and "b (n" not in drawing.alt for drawing in curves)
+    assert any("b (tuning)" in drawing.alt for drawing in drawings.values())
+
+
+def test_runs_that_are_here_are_read_here(planted, report_file):
+    gone = [run for run in json.loads(report_file.read_text())["runs"] if run["arm"] == "b" and run["stage"] == "compare"]
+    before = analyse(read_results("planted.py", earlier=report_file))
+    again = next(run for run in before.results.of("b") if run.directory.name == gone[0]["directory"])
+    again.directory.mkdir()
+    (again.directory / "config.json").write_text(json.dumps(again.config))
+    (again.directory / "status.json").write_text(json.dumps({"state": "failed", "step": 3, "message": "OSError: full"}))
+    report = analyse(read_results("planted.py", earlier=report_file))
+    assert report.arms[1].states == {"failed": 1, "finished": 4}
+
+
+def test_a_rule_changed_since_is_told(planted, report_file):
+    (planted.root / "planted.py").write_text((planted.root / "planted.py").read_text().replace("effect=0.5", "effect=0.2"))
+    (planted.place.path / "ledger.jsonl").unlink()
+    warnings = analyse(read_results("planted.py", earlier=report_file)).warnings
+    assert any("effect then 0.5, now 0.2" in text and "earlier report" in text for text in warnings)
+
+
+def test_what_is_no_report_of_this_experiment_is_refused(planted, report_file):
+    content = json.loads(report_file.read_text())
+    report_file.write_text(json.dumps(content | {"scale": "laptop"}))
+    with pytest.raises(ConfigError, match="is of planted at scale laptop, this one of planted at smoke"):
+        read_results("planted.py", earlier=report_file)
+    del content["runs"][0]["numbers"]
+    report_file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="not a report.json whose runs have numbers"):
+        read_results("planted.py", earlier=report_file)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_results("planted.py", earlier="gone.json")
+    with pytest.raises(ConfigError, match="needs the experiment's file"):
+        read_results(str(planted.place.path), earlier=report_file)
