@@ -1,10 +1,10 @@
-"""A decoder of GPT-2 small's shape on the Python sources of every installed package, for one GPU of the Hopper class.
+"""A decoder of GPT-2 small's shape on the standard library and every installed package, for one GPU of the Hopper class.
 
     python -m trainer --config configs/gpt2_small.py
 
 85 M parameters on bytes, 124 M with a tied vocabulary of 50 k. Cost: 4,000 steps of 0.5 M bytes, 1.2 EFLOP, about 50
 minutes at 40 % of an H200's dense bfloat16 peak. Not yet run on such a machine: `--dry_run` prints what it would do, and
-`python benchmarks/gpu_mfu.py --config configs/gpt2_small.py` measures its speed.
+`python -m benchmarks.gpu_mfu --config configs/gpt2_small.py` measures its speed.
 
 The text is bytes, so that nothing has to be prepared; a tokenizer trained by `python -m trainer.data tokenizer` is named with
 `--config.data.tokenizer=FILE`.

@@ -1,7 +1,7 @@
 """A decoder of about one billion parameters at sequence length 2048, for measurements on one GPU of the Hopper class.
 
     python -m trainer --config configs/one_billion.py --dry_run
-    python benchmarks/gpu_mfu.py --config configs/one_billion.py
+    python -m benchmarks.gpu_mfu --config configs/one_billion.py
 
 A full run is beyond one GPU; on several, set `--config.mesh.fsdp=-1`. Builds on `configs/gpt2_small.py`. Not yet run.
 """

@@ -16,7 +16,8 @@ Every arm continues from the donor of its own seed, which the sweep trains first
 blocks once, from scratch, distilled as in the paper, with the updates of donor and uptraining together; `full size, trained on`
 is the donor with the same further updates, the ceiling; `random layers` and `fresh` say what the donor's weights are worth.
 
-Each claim compares arms that differ in one thing: the paper's plain loops, `recursive`, differ from `relaxed` in start,
+Each claim about two looped arms compares arms that differ in one thing; `same size`, also at another rate, and `full size,
+trained on` are other models at equal updates. The paper's plain loops, `recursive`, differ from `relaxed` in start,
 norms and low-rank matrices, so that the headline holds `relaxed` against `recursive, own norms`, which lacks the matrices
 alone; part 2 takes the norms away (`recursive, average`), then changes the start (`recursive`). Distillation is taken from
 both kinds. Against the claims would count: `same size` as low as the relaxed model, or zero adapters as low as SVD.

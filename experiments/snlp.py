@@ -214,7 +214,7 @@ def get_experiment() -> Experiment:
             ),
             Claim(
                 statement="With the regulariser one sweep over half of the layers ends lower",
-                source="arXiv:2605.17842, notes of the authors: 1734 to 76 at N = 8 of 32 [D]",
+                source="arXiv:2605.17842, notes of the authors: 1734 to 76 at N = 8 of 32 [A]",
                 arm=f"idn: {half}",
                 against=f"baseline: {half}",
                 rule=Rule(effect=0.02),

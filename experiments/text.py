@@ -7,7 +7,7 @@ a loss compare like with like; nothing is sampled at the end, and checkpoints ar
 | `LAPTOP` | the standard library, 8 x 128 bytes a step | width 128, 4 layers, 0.87 M parameters | 600 steps, 0.6 M bytes |
 | `GPU` | 100 MB of installed packages, 64 x 512 bytes a step | width 384, 8 layers, 14 M parameters | 800 steps, 26 M bytes |
 
-Bytes are tokens in all of them. A file overrides what its paper is about. `c4` is the data of papers' own scales.
+Bytes are tokens in all of them. A file overrides what its paper is about. `corpus` is the data of papers' own scales.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ operands of products are rounded to (sums stay float32, as on a matrix unit).
 What the authors say (their blog and code `gdn-tri-inverse` [read], of the paper the abstract alone [claim]): Neumann's product
 (MCH) is unstable, the recursive block inverse (MBH, here `ladder`) and their MXR (`mxr`, Neumann on 16 x 16 blocks, then block
 merges) are logarithmically stable, MXR the noisier one; inversion by MXR is up to 4.3 times as fast as SGLang's on an NPU. What
-would count against it: MXR losing its digits where the ladder keeps them, which the last two claims look for.
+would count against it: MXR losing its digits where the ladder keeps them, which the third and fourth claims look for.
 
 Controls: levels of correlation, since random keys hide every difference; exact substitution as the method that cannot fail;
 time is of whole batches, compiled, on whatever device this runs on: no NPU was at hand, so the 4.3 is not tested.

@@ -1,7 +1,7 @@
 """WSD-S (Wen et al. 2024, arXiv:2410.05192): one run that ends several times, against WSD and a cyclic cosine, compute counted.
 
     python -m trainer.sweep experiments/wsd_s.py --scale smoke            seconds
-    python -m trainer.sweep experiments/wsd_s.py --part 1                 laptop, the toy: two minutes
+    python -m trainer.sweep experiments/wsd_s.py --part 1                 laptop, the toy: four minutes
     python -m trainer.sweep experiments/wsd_s.py                          laptop, with part 2: the trainer on text
     python -m trainer.report experiments/wsd_s.py
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from strata import implementation
+from trainer.data.corpus import skip_words
 from trainer.evaluate import describe
 from trainer.flops import FORMULA
 from trainer.metrics.throughput import peak_flops
@@ -78,8 +79,8 @@ def data_line(description: dict[str, Any]) -> str:
             words += [f"[{data_line(source)}]" for source in value]
         elif name == "fingerprint":
             words.append(f"fingerprint {value[:12]}")
-        elif name == "skipped_files" and any(value.values()):
-            words.append("skipped " + ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in value.items() if count))
+        elif name == "skipped_files" and (skipped := skip_words(value)):
+            words.append(skipped)
         elif name == "empty_documents" and value:
             words.append(f"{value} empty")
         elif name in ("which", "python", "split", "tokenizer"):

@@ -232,7 +232,7 @@ class Loop:
             last = step == config.train.steps
             inputs = ahead.take()
             self.positions[step] = inputs.position
-            self.reporter.before_step(step)
+            self.reporter.before_step(step, state)
             batch = inputs.batch | self.setup.put_wish(self.stop.received is not None)
             ahead.begin()
             update = self.train_step if self.setup.cuts is None else self.setup.train_step_of(step)

@@ -37,6 +37,7 @@ class Reporter:
         self.flops = training_flops(setup.model, config.data.sequence_length)
         self.writer: MetricsWriter | None = None
         self.mirrors: list[Any] = []
+        self._lost: list[Any] = []  # mirrors that failed
         self._last_row = done
         self._stack = contextlib.ExitStack()
         self._profiling = False
@@ -77,20 +78,24 @@ class Reporter:
         self._stack.close()
         stopped = kind is None or issubclass(kind, Preempted)  # a run that was told to stop has not failed
         for mirror in self.mirrors:
-            mirror.__exit__(None if stopped else kind, None, None)
+            whole = stopped and mirror not in self._lost
+            mirror.__exit__(None if whole else kind or RuntimeError, None, None)
 
     def say(self, text: str) -> None:
         """A line for people."""
         if self.console is not None:
             self.console.say(text)
 
-    def before_step(self, step: int) -> None:
-        """Start or stop the profiler trace that the config asks for."""
+    def before_step(self, step: int, state: Any) -> None:
+        """Start or stop the profiler trace that the config asks for, between two steps: the one in flight, which gives
+        `state`, is waited for."""
         wanted = self.config.log.profile
         if wanted and not self._profiling and wanted[0] <= step <= wanted[1]:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(self._profile_directory)
             self._profiling = True
         elif self._profiling and step > wanted[1]:
+            jax.block_until_ready(state)
             self._stop_profiling()
 
     def _stop_profiling(self) -> None:
@@ -180,7 +185,15 @@ class Reporter:
         if self.writer is not None:
             self.writer.write(row)
         for mirror in self.mirrors:
-            mirror.write(row)
+            if mirror in self._lost:
+                continue
+            try:
+                mirror.write(row)
+            except Exception as error:  # the row is in metrics.jsonl, and no mirror is worth a run
+                self._lost.append(mirror)
+                what = f"{type(mirror).__name__} failed at step {row['step']} and gets no more rows"
+                way = "python -m trainer.mirror rebuilds it from metrics.jsonl"
+                self.say(f"warning: {what} ({type(error).__name__}: {error}); {way}")
 
 
 def _mirror_id(directory: RunDirectory) -> str:

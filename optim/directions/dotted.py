@@ -25,11 +25,16 @@ _whole = "per_layer = false applies it to the whole tree at once"
 def transformation(name: str, arguments: dict[str, Any] | None = None) -> optax.GradientTransformation:
     """Call the function of a dotted name, which gives updates of positive sign before the rate, such as `optax.scale_by_lion`.
 
+    Only what is optax's, or is annotated to give a transformation, is called: a config is data and may be another's.
+
     Raises:
-      ConfigError: it cannot be imported, is not a function, takes a learning rate of its own (the recipe has one), refuses the
-        arguments, or gives something else than a transformation.
+      ConfigError: it cannot be imported, is not a function, does not say that it gives a transformation, takes a learning rate
+        of its own (the recipe has one), refuses the arguments, or gives something else than a transformation.
     """
     function = _function(name)
+    if not _makes_transformations(function):
+        message = "is neither optax's nor annotated to give an optax.GradientTransformation, so it is not called"
+        raise ConfigError([Problem("optimizer.direction.transformation", message, name)], source=_source)
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -46,6 +51,12 @@ def transformation(name: str, arguments: dict[str, Any] | None = None) -> optax.
         message = f"gives a {type(found).__name__}, not an optax.GradientTransformation"
         raise ConfigError([Problem("optimizer.direction.transformation", message, name)], source=_source)
     return found
+
+
+def _makes_transformations(function: Callable[..., Any]) -> bool:
+    given = getattr(function, "__annotations__", {}).get("return", "")
+    own = (getattr(function, "__module__", None) or "").partition(".")[0] == "optax"
+    return own or "GradientTransformation" in (given if isinstance(given, str) else getattr(given, "__name__", ""))
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import models
 from models.mixers import softmax
@@ -22,8 +21,17 @@ PARALLEL = {"name": "layer_parallel", "layers": 3, "sweeps": 2}
 
 @pytest.fixture(autouse=True)
 def served(monkeypatch) -> None:
-    """cuDNN can serve, as far as tracing can tell."""
+    """cuDNN can serve, as far as Strata can tell."""
     monkeypatch.setattr(softmax, "why_not_cudnn", lambda *_: None)
+
+
+@pytest.fixture
+def traceable(monkeypatch) -> None:
+    """JAX traces a call of cuDNN although there is none here, by a function that it keeps private and may move."""
+    where = "jax._src.cudnn.fused_attention_stablehlo"
+    cudnn = pytest.importorskip(where, reason=f"this jax has no {where}", exc_type=ImportError)
+    if not hasattr(cudnn, "check_cudnn_version"):
+        pytest.skip(f"this jax has no check_cudnn_version in {where}")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
 
@@ -42,7 +50,7 @@ def operands(jaxpr: Any) -> list[list[tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize(("batch", "remat"), [(1, "none"), (2, "none"), (2, "full")])
-def test_the_mask_fits_what_cudnn_is_given_when_layers_run_at_once(config, batch, remat):
+def test_the_mask_fits_what_cudnn_is_given_when_layers_run_at_once(traceable, config, batch, remat):
     model = models.abstract(config(width=32, layers=4, kv_heads=1), vocab_size=11, precision="bfloat16", remat=remat)
     graph, state = nnx.split(model)
     ids = jax.ShapeDtypeStruct((batch, 8), jnp.int32)
@@ -97,7 +105,7 @@ def traced(model: nnx.Module, tokens: jax.Array) -> Any:
     return jax.eval_shape(functools.partial(states_and_gradient, model, EXACT), tokens, jnp.ones_like(tokens))
 
 
-def test_jacobians_are_by_xla_where_attention_is_cudnns(config, tokens):
+def test_jacobians_are_by_xla_where_attention_is_cudnns(traceable, config, tokens):
     fields = config(width=32, depth=EXACT)
     traced(models.abstract(fields, vocab_size=11, precision="bfloat16"), tokens(1, 8))
     option = models.abstract(fields, vocab_size=11).options
@@ -105,7 +113,7 @@ def test_jacobians_are_by_xla_where_attention_is_cudnns(config, tokens):
     assert said.startswith("attention: cudnn (fused") and "; for Jacobians xla (cuDNN cannot serve: it has no second" in said
 
 
-def test_cudnn_by_name_is_refused_where_jacobians_are_taken(config, tokens):
+def test_cudnn_by_name_is_refused_where_jacobians_are_taken(traceable, config, tokens):
     mixer = {"name": "attention", "implementation": "cudnn"}
     model = models.abstract(config(width=32, mixer=mixer), vocab_size=11, precision="bfloat16")
     with pytest.raises(ConfigError, match="'cudnn' cannot serve: it has no second derivative.*'exact'"):

@@ -50,6 +50,7 @@ def test_an_optax_transformation_by_dotted_name_moves_by_minus_its_rate(model, p
     [
         ("optax.scale_by_loin", None, "transformation", "no function scale_by_loin"),
         ("optacks.scale", None, "transformation", "ModuleNotFoundError"),
+        ("os.system", {"command": "exit 1"}, "transformation", "neither optax's nor annotated"),
         ("optax.lion", None, "transformation", "scale_by_\\* form"),
         ("optax.scale_by_lion", {"b3": 1}, "arguments", "unexpected keyword argument 'b3'"),
         ("optax.constant_schedule", {"value": 1.0}, "transformation", "not an optax.GradientTransformation"),
@@ -60,6 +61,19 @@ def test_what_is_no_transformation_is_refused_with_its_field(model, name, argume
     direction = {"name": "optax", "transformation": name, "arguments": arguments}
     with pytest.raises(ConfigError, match=f"(?s)optimizer.direction.{where}.*{sentence}"):
         optim.build({"direction": direction, "schedule": constant}, model)
+
+
+def test_a_function_of_ones_own_is_called_if_it_says_what_it_gives(model, tmp_path, monkeypatch):
+    (tmp_path / "own_transformations.py").write_text(
+        "from __future__ import annotations\nimport optax\n\n\n"
+        "def signs() -> optax.GradientTransformation:\n    return optax.scale_by_sign()\n\n\n"
+        "def silent():\n    raise AssertionError('called')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    direction = {"name": "optax", "transformation": "own_transformations.signs", "arguments": None}
+    optim.build({"direction": direction, "schedule": constant}, model)
+    with pytest.raises(ConfigError, match="neither optax's nor annotated"):
+        optim.build({"direction": direction | {"transformation": "own_transformations.silent"}, "schedule": constant}, model)
 
 
 def reference_normuon(gradients, *, momentum, b2, scaling):

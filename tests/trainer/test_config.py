@@ -252,6 +252,18 @@ def test_plugins_register_components_and_are_checked_alike(write, tmp_path, monk
         assert "importing" not in (problem := fails(write(BASE), ("plugins", number))) and "expected a string" in problem
 
 
+def test_nothing_in_a_run_directory_is_imported(write, tmp_path, monkeypatch):
+    """Started within it, Python has it on its path."""
+    tree = json.loads(canonical_json(load(write(BASE)).config)) | {"plugins": ["left_in_a_run"]}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), str(tmp_path / "elsewhere"), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "left_in_a_run.py").write_text("raise SystemExit('executed')\n")
+    assert "executed" in fails(write(json.dumps(tree), "config.json"))  # a config alone is the user's own
+    (tmp_path / "environment.json").write_text("{}")
+    assert "No module named 'left_in_a_run'" in fails(str(tmp_path / "config.json"))
+
+
 def test_the_run_id_is_the_hash_of_semantic_keys_and_the_seed(write):
     def config(*changes):
         return load(write(BASE), changes).config

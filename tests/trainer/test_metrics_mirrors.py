@@ -1,16 +1,20 @@
 """Mirrors can be rebuilt from metrics.jsonl, need no account, and are imported only when asked for."""
 
 import builtins
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from strata import ConfigError, StrataError
+from trainer.config import resolve_config, run_id
 from trainer.metrics import MetricsWriter, read_metrics
 from trainer.metrics import tensorboard_mirror as tensorboard
 from trainer.metrics import wandb_mirror as wandb_mirror
+from trainer.metrics.jsonl import scalars
 from trainer.metrics.wandb_mirror import WandbMirror, resolve_mode
 
 
@@ -93,10 +97,15 @@ def test_disabled_imports_no_wandb():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
 
 
-class Recorder:
-    """Stands where wandb would, and keeps what it is told."""
+class Killed(BaseException):
+    """Ends a run as nothing in it can catch."""
 
-    def __init__(self, monkeypatch, directory):
+
+class Recorder:
+    """Stands where wandb would, and keeps what it is told; `fails_at`: the step of training at which it raises `error` once."""
+
+    def __init__(self, monkeypatch, directory, fails_at=None, error=RuntimeError):
+        self.fails_at, self.error = fails_at, error
         self.logged, self.started, self.finished, self.summary, self.resumed = [], [], [], {}, False
         self.dir = str(directory / "wandb" / "run" / "files")
         self.url = "somewhere"
@@ -113,6 +122,9 @@ class Recorder:
         pass
 
     def log(self, values):
+        if self.fails_at is not None and values.get("train/step") == self.fails_at:
+            self.fails_at = None
+            raise self.error("the connection is gone")
         self.logged.append(values)
 
     def finish(self, exit_code):
@@ -139,6 +151,66 @@ def test_a_restart_online_does_not_send_a_step_twice(no_account, history, monkey
             mirror.write(row)
     assert [sorted(values)[-1] for values in recorder.logged] == ["train/step", "val/step"]
     assert [values.get("train/step") for values in recorder.logged] == [3, None]
+
+
+def as_sent(metrics) -> list:
+    return [{f"{row['split']}/step": row["step"], **scalars(row)} for row in read_metrics(metrics)]
+
+
+@pytest.fixture(params=["offline", "online"])
+def cut(request, no_account, tiny, monkeypatch):
+    """A run that ended at step 5, two rows after its checkpoint: its config, where it is, W&B, and what W&B had by then."""
+    import trainer
+
+    if request.param == "online":
+        monkeypatch.setenv("WANDB_API_KEY", "x")
+    run, recorder = no_account / "run", Recorder(monkeypatch, no_account, fails_at=5, error=Killed)
+    config = tiny(log__wandb=request.param, log__wandb_project="depth")
+    with pytest.raises(Killed):
+        trainer.train(config, run)
+    before, recorder.logged = recorder.logged, []
+    return config, run, recorder, before
+
+
+def test_a_run_tells_wandb_its_rows_and_one_that_is_resumed_goes_on_under_its_id_and_tells_none_twice(cut):
+    import trainer
+
+    config, run, recorder, before = cut
+    assert [row.get("train/step") for row in before] == [1, 2, 3, 4, None] and before == as_sent(run / "metrics.jsonl")[:5]
+    # Online, W&B itself has what it was told, also of the step 4 that is trained again; offline it begins with nothing.
+    recorder.resumed, recorder.summary = config["log"]["wandb"] == "online", {"train/step": 4, "val/step": 4}
+    trainer.train(config, run)
+    first, second = recorder.started
+    for given in ("id", "project", "name", "dir", "mode"):
+        assert first[given] == second[given]
+    assert (first["project"], first["name"], first["dir"], first["mode"]) == ("depth", "run", str(run), config["log"]["wandb"])
+    assert first["id"] == json.loads((run / "wandb.json").read_text())["id"]
+    assert first["config"]["run_id"] == run_id(resolve_config(config)) and first["config"]["train"]["steps"] == 8
+    whole = as_sent(run / "metrics.jsonl")
+    assert [row.get("train/step") or row["val/step"] for row in whole] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert recorder.logged == (whole[5:] if recorder.resumed else whole)
+    assert recorder.finished == [1, 0]
+
+
+def test_a_run_writes_every_number_of_its_rows_to_tensorboard(tiny, tmp_path):
+    pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
+    import trainer
+
+    trainer.train(tiny(log__tensorboard=True), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    expected = [(row["step"], name, np.float32(value)) for row in rows for name, value in scalars(row).items()]
+    assert len(rows) == 10 and scalars_in(tmp_path / "run" / "tensorboard") == expected
+
+
+def test_a_mirror_that_fails_costs_the_run_nothing_and_is_told(no_account, tiny, monkeypatch, capsys):
+    import trainer
+
+    recorder = Recorder(monkeypatch, no_account, fails_at=5)
+    trainer.train(tiny(log__wandb="offline"), no_account / "run")
+    assert [row.get("train/step") for row in recorder.logged] == [1, 2, 3, 4, None] and recorder.finished == [1]
+    assert [row["step"] for row in read_metrics(no_account / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    said = capsys.readouterr().err
+    assert said.count("WandbMirror failed at step 5 and gets no more rows (RuntimeError: the connection is gone)") == 1
 
 
 def test_a_run_that_failed_is_marked_as_failed(no_account, monkeypatch):

@@ -11,6 +11,8 @@ import pytest
 import trainer
 from strata import ConfigError, DataError, StrataError
 from trainer import loop
+from trainer.data import python_source
+from trainer.data.__main__ import main as data_command
 from trainer.metrics import read_metrics
 
 
@@ -98,6 +100,20 @@ def test_the_seed_changes_parameters_and_data_and_each_alone(tiny, tmp_path):
     assert len(set(losses.values())) == 4
 
 
+def test_the_data_seed_orders_the_data_and_the_seed_draws_the_parameters_and_both_without_it(tiny, tmp_path):
+    found = {}
+    for seed, data_seed in ((0, None), (0, 1), (1, None), (1, 0)):
+        config = with_source(tiny(seed=seed), "text", tmp_path / "texts")
+        config["data"]["seed"] = data_seed
+        setup = loop.assemble(trainer.config.resolve_config(config))
+        order = setup.dataset.examples.read(range(20))["tokens"].tolist()
+        found[seed, data_seed] = jax.device_get(setup.initial_params()), order
+    (params, order), (others, another) = found[0, None], found[1, None]
+    assert order != another and not same(params, others)
+    assert found[0, 1][1] == another and same(found[0, 1][0], params)
+    assert found[1, 0][1] == order and same(found[1, 0][0], others)
+
+
 SOURCES = {
     "bigram": {},
     "recall": {"data": {"name": "recall", "sequence_length": 16, "batch_size": 4, "vocabulary": 17, "pairs": 4}},
@@ -109,15 +125,19 @@ SOURCES = {
 def with_source(config, name, directory):
     config = config | SOURCES[name]
     if name in ("text", "mixture"):
-        directory.mkdir(exist_ok=True)
-        for i in range(6):
-            (directory / f"{i}.txt").write_text("".join(chr(97 + (i * j * j) % 26) for j in range(90)))
-        files = {"files": [str(directory / "*.txt")], "split": "tail", "held_out": 0.3}
+        files = {"files": [f"{texts(directory)}/*.txt"], "split": "tail", "held_out": 0.3}
         if name == "text":
             config["data"] = config["data"] | files
         else:
             config["data"] = config["data"] | {"sources": [{"name": "text_files", "weight": w} | files for w in (3, 1)]}
     return config
+
+
+def texts(directory):
+    directory.mkdir(exist_ok=True)
+    for i in range(6):
+        (directory / f"{i}.txt").write_text("".join(chr(97 + (i * j * j) % 26) for j in range(90)))
+    return directory
 
 
 def pairs(directions=("adamw", "muon")):
@@ -127,18 +147,40 @@ def pairs(directions=("adamw", "muon")):
             yield pytest.param(source, direction, marks=() if i % 2 == j else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("source", "direction"), list(pairs()))
-def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny, tmp_path, monkeypatch, source, direction):
-    config = with_source(tiny(optimizer__direction={"name": direction}), source, tmp_path / "texts")
-    trainer.train(config, tmp_path / "whole")
-    for step in (1, 5, 7):  # before the first checkpoint, between two, after the last
+def assert_cuts_leave_no_trace(config, directory, monkeypatch, steps):
+    trainer.train(config, directory / "whole")
+    for step in steps:
         with monkeypatch.context() as patch:
             interrupt_after(patch, step)
             with pytest.raises(Killed):
-                trainer.train(config, tmp_path / f"cut{step}")
-        trainer.train(config, tmp_path / f"cut{step}")
-        assert rows(tmp_path / f"cut{step}") == rows(tmp_path / "whole")
-        assert same(final(tmp_path / f"cut{step}"), final(tmp_path / "whole"))
+                trainer.train(config, directory / f"cut{step}")
+        trainer.train(config, directory / f"cut{step}")
+        assert rows(directory / f"cut{step}") == rows(directory / "whole")
+        assert same(final(directory / f"cut{step}"), final(directory / "whole"))
+
+
+@pytest.mark.parametrize(("source", "direction"), list(pairs()))
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(tiny, tmp_path, monkeypatch, source, direction):
+    config = with_source(tiny(optimizer__direction={"name": direction}), source, tmp_path / "texts")
+    # before the first checkpoint, between two, after the last
+    assert_cuts_leave_no_trace(config, tmp_path, monkeypatch, (1, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("source", "direction"), [("python_source", "sgd"), ("tokens", "lmo"), ("bigram", "normuon"), ("recall", "optax")]
+)
+def test_so_does_one_with_any_other_source_and_direction(tiny, tmp_path, monkeypatch, source, direction):
+    config = tiny(optimizer__direction={"name": direction})
+    if source == "python_source":
+        monkeypatch.setattr(python_source, "roots", lambda which: [("standard_library", texts(tmp_path / "texts"))])
+        config["data"] = {"name": source, "sequence_length": 16, "batch_size": 4, "held_out": 0.4}
+    elif source == "tokens":
+        where, shards = texts(tmp_path / "texts"), str(tmp_path / "shards")
+        assert data_command(["write", f"{where}/*.txt", "--split", "tail", "--held_out", "0.3", "--out", shards]) == 0
+        config["data"] = {"name": source, "sequence_length": 16, "batch_size": 4, "directory": shards}
+    else:
+        config = with_source(config, source, tmp_path / "texts")
+    assert_cuts_leave_no_trace(config, tmp_path, monkeypatch, (5,))
 
 
 def test_a_run_that_is_interrupted_again_and_again_still_ends_the_same(tiny, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def load(source: str, changes: Sequence[tuple[str, str]] = ()) -> Loaded:
     """
     tree, path = files.read(source)
     archived = path.suffix == ".json"
+    if archived and (path.parent / "environment.json").is_file():
+        _import_nothing_from(path.parent)
     config, notes, filled = _resolve(tree, changes, source)
     # A resolved config is complete, so whatever is missing was added after it was written, or belongs to what is given here.
     chosen = tuple(f"{path.removesuffix('.name')}." for path, _ in changes)
@@ -69,6 +72,12 @@ def _resolve(tree: dict[str, Any], changes: Sequence[tuple[str, str]], source: s
     if problems:
         raise ConfigError(problems, source)
     return config, notes, found.filled
+
+
+def _import_nothing_from(run: Path) -> None:
+    """A run directory is data. Started within it, Python would look there for the modules that its config names."""
+    inside = run.resolve()
+    sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(inside)]
 
 
 def _import_plugins(tree: Mapping[str, Any], changes: Sequence[tuple[str, str]]) -> list[Problem]:

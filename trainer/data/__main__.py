@@ -26,7 +26,7 @@ from typing import Any
 import strata
 from strata import ConfigError, DataError, StrataError
 from trainer.data import python_source, shards, text_files
-from trainer.data.corpus import Document
+from trainer.data.corpus import Document, skip_words
 from trainer.data.options import PythonSource, TextFiles
 from trainer.data.tokenizer import SEPARATORS, load_tokenizer, train_bpe
 from trainer.data.tokens import open_shard, read_index
@@ -41,11 +41,13 @@ class Source:
       description: JSON-able; the kind and the options.
       files: every file with its size and time of change, which tell whether earlier work is of the same files.
       documents: all documents in order; calls its argument with the bytes of file read so far.
+      skipped: files that were left out by reason, counted as `documents` is read; empty for a kind that leaves none out.
     """
 
     description: dict[str, Any]
     files: list[tuple[str, int, int]]
     documents: Callable[[Callable[[int], None]], Iterator[Document]]
+    skipped: dict[str, int]
 
     @property
     def bytes(self) -> int:
@@ -108,11 +110,13 @@ def find_source(chosen: argparse.Namespace) -> Source:
         if chosen.validation_files:
             raise ConfigError("--validation_files goes with globs of files; python_source holds files out by their path")
         options = _resolved(PythonSource, {"which": which or "standard_library", "held_out": chosen.held_out})
+        skipped: dict[str, int] = {}
         files = [path for _, path in python_source.list_files(python_source.roots(options.which), options.tests)]
         return Source(
             {"kind": "python_source", "python": platform.python_version(), **strata.to_tree(options)},
             _stamps(files),
-            lambda on_read: python_source.documents(options, on_read=on_read),
+            lambda on_read: python_source.documents(options, on_read=on_read, skipped=skipped),
+            skipped,
         )
     tree = {name: getattr(chosen, name) for name in ("validation_files", "held_out", "split", "field")}
     options = _resolved(TextFiles, tree | {"files": chosen.source})
@@ -123,6 +127,7 @@ def find_source(chosen: argparse.Namespace) -> Source:
         {"kind": "text_files", **strata.to_tree(options)},
         _stamps(files),
         lambda on_read: text_files.documents(options, on_read),
+        {},
     )
 
 
@@ -189,7 +194,7 @@ def train_tokenizer(chosen: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(str(chosen.out))
     print(
         f"{chosen.out}: {tokenizer.vocab_size} ids, separator {SEPARATORS[0]} = {tokenizer.separator}, "
-        f"vocabulary {tokenizer.fingerprint[:12]}"
+        f"vocabulary {tokenizer.fingerprint[:12]}{_skips(source.skipped)}"
     )
     if tokenizer.vocab_size < chosen.vocab_size:
         words = f"the text gives no more merges than these {tokenizer.vocab_size} ids; {chosen.vocab_size:,} were asked for"
@@ -208,7 +213,7 @@ def write_directory(chosen: argparse.Namespace) -> None:
             chosen.out,
             shard_tokens=chosen.shard_tokens,
             settings=source.description | {"files": source.files},
-            description=source.description,
+            description=source.description | {"skipped_files": source.skipped},  # complete when the last document is read
             say=lambda text: print(text, file=sys.stderr),
         )
     _print_index(chosen.out, index)
@@ -251,7 +256,12 @@ def _print_index(directory: Path, index: dict[str, Any]) -> None:
         )
     print(
         f"{directory}: tokenizer {facts['tokenizer']}, vocabulary {index['vocabulary'][:12]}, text {facts['fingerprint'][:12]}"
+        f"{_skips(facts.get('skipped_files', {}))}"
     )
+
+
+def _skips(counts: dict[str, int]) -> str:
+    return f", {words}" if (words := skip_words(counts)) else ""
 
 
 def _print_shard(path: Path, header: shards.Header, note: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,12 @@ class Corpus:
     exact: bool
     raw: Callable[[], bytes]
     description: dict[str, Any]
+
+
+def skip_words(counts: Mapping[str, int]) -> str:
+    """What was left out, by reason: `skipped 2 duplicate, 1 not utf8`; empty if nothing was."""
+    words = [f"{count} {why.replace('_', ' ')}" for why, count in counts.items() if count]
+    return f"skipped {', '.join(words)}" if words else ""
 
 
 def falls_in(key: bytes, fraction: float) -> bool:

@@ -22,35 +22,54 @@ GENERATED = ("config-", "_sysconfigdata")
 
 
 def roots(which: str) -> list[tuple[str, Path]]:
-    """The directories to read as `(prefix of the relative path, directory)`."""
+    """The directories to read as `(prefix of the relative path, directory)`.
+
+    Raises:
+      DataError: installed packages are asked for, and Python looks for none.
+    """
     library = [("standard_library", Path(sysconfig.get_paths()["stdlib"]))]
     on_path = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
     packages = [("site_packages", path) for path in dict.fromkeys(on_path)]
+    if which != "standard_library" and not packages:
+        raise DataError(f"python_source: which = {which!r} reads installed packages, and sys.path has no site-packages")
     return {"standard_library": library, "site_packages": packages, "all": library + packages}[which]
 
 
-def list_files(directories: list[tuple[str, Path]], tests: bool) -> list[tuple[str, Path]]:
+def list_files(
+    directories: list[tuple[str, Path]], tests: bool, skipped: dict[str, int] | None = None
+) -> list[tuple[str, Path]]:
     """Every source file as `(relative path, path)`, sorted by relative path.
+
+    Args:
+      directories: as from `roots`.
+      tests: with the directories of tests.
+      skipped: counts what is left out: `linked_directory`, whose files belong elsewhere, and `broken_link`.
 
     Raises:
       DataError: a directory is missing.
     """
+    skipped = {} if skipped is None else skipped
+    skipped.update(linked_directory=0, broken_link=0)
     found = []
     for prefix, directory in directories:
         if not directory.is_dir():
             raise DataError(f"python_source: {directory} is not a directory")
-        found += [(f"{prefix}/{path.relative_to(directory).as_posix()}", path) for path in _walk(directory, tests)]
+        found += [(f"{prefix}/{path.relative_to(directory).as_posix()}", path) for path in _walk(directory, tests, skipped)]
     return sorted(found)
 
 
-def _walk(directory: Path, tests: bool) -> Iterator[Path]:
+def _walk(directory: Path, tests: bool, skipped: dict[str, int]) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
         if path.name in NOT_SOURCE or path.name.startswith(GENERATED) or (path.name in TESTS and not tests):
             continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path, tests)
+        if path.is_dir() and path.is_symlink():
+            skipped["linked_directory"] += 1
+        elif path.is_dir():
+            yield from _walk(path, tests, skipped)
         elif path.suffix in SUFFIXES and path.is_file():
             yield path
+        elif path.suffix in SUFFIXES and path.is_symlink():
+            skipped["broken_link"] += 1
 
 
 def documents(
@@ -65,14 +84,14 @@ def documents(
       options: which files, and what fraction of them is held out (by a hash of the relative path).
       directories: as from `roots`, instead of those that `options.which` names.
       on_read: called with the bytes read.
-      skipped: counts the files left out, `duplicate` and `not_utf8`, as they are met.
+      skipped: counts what is left out, as it is met: as `list_files` does, and the files `duplicate` and `not_utf8`.
 
     Raises:
       DataError: a file cannot be read.
     """
     skipped = {} if skipped is None else skipped
     skipped.update(duplicate=0, not_utf8=0)
-    files = list_files(directories or roots(options.which), options.tests)
+    files = list_files(directories or roots(options.which), options.tests, skipped)
     chosen = _read(files, on_read, skipped)
     if options.max_bytes is not None:
         # A prefix of the sorted list would be a few packages from A to C; by hash it is a fair sample.

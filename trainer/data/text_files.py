@@ -98,8 +98,11 @@ def _json_lines(path: Path, field: str, on_read: Callable[[int], None]) -> Itera
             text = row.get(field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise DataError(f"{path}, line {number} has no text in the field {field!r} (data.field)")
-            # JSON can escape half a surrogate pair, which no UTF-8 can hold.
-            yield f"{path}, line {number}", text.encode(errors="replace")
+            try:
+                yield f"{path}, line {number}", text.encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(text[error.start]):04x}"
+                raise DataError(f"{path}, line {number} has half a surrogate pair, {half}, which no UTF-8 can hold") from None
 
 
 def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator[tuple[str, bytes]]:
@@ -115,7 +118,12 @@ def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator
                 raise DataError(f"{path} has no column {field!r} (data.field); it has {columns}")
             row, size, rows = 0, path.stat().st_size, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError:
+                    rows_here = f"rows {row} to {row + batch.num_rows - 1}"
+                    raise DataError(f"{path}, {rows_here}: the column {field!r} holds text that is not UTF-8") from None
+                for text in texts:
                     if not isinstance(text, str):
                         raise DataError(f"{path}, row {row}: the column {field!r} holds no text")
                     yield f"{path}, row {row}", text.encode()

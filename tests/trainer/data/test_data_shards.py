@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from strata import DataError
+from trainer.data import python_source
 from trainer.data import shards as format
 from trainer.data.__main__ import main
 from trainer.data.tokenizer import load_tokenizer
@@ -99,6 +100,20 @@ def test_large_vocabularies_take_four_bytes_a_token(tmp_path):
     header = format.write_shard(tmp_path / "a.tokens", np.array([1, 69_999]), tokenizer)
     assert header == format.verify(tmp_path / "a.tokens") and header.itemsize == 4
     assert format.map_tokens(tmp_path / "a.tokens", header).tolist() == [1, 69_999]
+
+
+def test_what_the_writer_of_shards_leaves_out_is_in_the_index_and_said(tmp_path, monkeypatch, build, capsys, prose):
+    for i in range(20):
+        (tmp_path / "lib").mkdir(exist_ok=True)
+        (tmp_path / "lib" / f"{i:02d}.py").write_text(prose(i // 2, 20))
+    (tmp_path / "lib" / "latin.py").write_bytes(b"\xe9")
+    (tmp_path / "lib" / "linked").symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.setattr(python_source, "roots", lambda which: [("standard_library", tmp_path / "lib")])
+    out = tmp_path / "out"
+    assert main(["write", "--out", str(out), "--held_out", "0.4", "python_source"]) == 0
+    assert "skipped 10 duplicate, 1 not utf8, 1 linked directory" in capsys.readouterr().out
+    expected = {"linked_directory": 1, "broken_link": 0, "duplicate": 10, "not_utf8": 1}
+    assert build("tokens", directory=str(out)).description["skipped_files"] == expected
 
 
 class Killed(Exception):

@@ -4,11 +4,13 @@ import json
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from strata import ConfigError, DataError, lookup, resolve
+from trainer.announce import data_line
 from trainer.data import python_source
 from trainer.data.options import MIXTURE_BLOCK, PythonSource
 from trainer.data.text import quotas
@@ -48,8 +50,52 @@ def test_python_source_takes_code_and_prose_once_and_counts_what_it_leaves_out(t
     names = [document.name.removeprefix("standard_library/") for document in read(tree, skipped)]
     kept = {f"package{i % 4}/module{i}.py" for i in range(1, 60)} | {"copy.py", "README.rst"}
     assert set(names) == kept and names == sorted(names)
-    assert skipped == {"duplicate": 1, "not_utf8": 1}
+    assert skipped == {"duplicate": 1, "not_utf8": 1, "linked_directory": 0, "broken_link": 0}
     assert {"standard_library/test/a.py", "standard_library/package0/tests/b.py"} <= {d.name for d in read(tree, tests=True)}
+
+
+def test_links_that_python_source_does_not_follow_are_counted_where_the_run_says_what_it_reads(tree, build, monkeypatch):
+    (tree / "linked").symlink_to(tree / "package0", target_is_directory=True)
+    (tree / "circle").symlink_to(tree, target_is_directory=True)
+    (tree / "tests").symlink_to(tree / "package1", target_is_directory=True)  # left out by its name
+    (tree / "gone.py").symlink_to(tree / "nowhere.py")
+    (tree / "same.md").symlink_to(tree / "README.rst")
+    monkeypatch.setattr(python_source, "roots", lambda which: [("standard_library", tree)])
+    facts = build("python_source", held_out=0.3).description
+    assert facts["skipped_files"] == {"duplicate": 2, "not_utf8": 1, "linked_directory": 2, "broken_link": 1}
+    assert facts["train"]["documents"] + facts["validation"]["documents"] == 61
+    assert "skipped 2 duplicate, 1 not utf8, 2 linked directory, 1 broken link" in data_line(facts)
+
+
+@pytest.fixture
+def installed(tree, tmp_path, monkeypatch):
+    """Python with the small library, and with two directories of packages on its path, one of them twice."""
+    packages, system = tree / "site-packages", tmp_path / "dist-packages"
+    (packages / "wheel").mkdir()
+    (packages / "wheel" / "a.py").write_text("A = 1")
+    system.mkdir()
+    (system / "b.py").write_text("B = 2")
+    path = [str(entry) for entry in (tmp_path, packages, tree, system, packages)]
+    monkeypatch.setattr(python_source, "sys", SimpleNamespace(path=path))
+    monkeypatch.setattr(python_source, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(tree)}))
+    return {"site_packages/d.py", "site_packages/wheel/a.py", "site_packages/b.py"}
+
+
+def test_python_source_reads_the_installed_packages_alone_or_with_the_library(installed, build):
+    library = {document.name for document in python_source.documents(PythonSource())}
+    assert len(library) == 61 and all(name.startswith("standard_library/") for name in library)
+    for which, expected in (("site_packages", installed), ("all", library | installed)):
+        names = [document.name for document in python_source.documents(PythonSource(which=which))]
+        assert set(names) == expected and len(names) == len(expected)
+        facts = build("python_source", which=which, held_out=0.5).description
+        assert facts["train"]["documents"] + facts["validation"]["documents"] == len(expected)
+
+
+@pytest.mark.parametrize("which", ["site_packages", "all"])
+def test_installed_packages_that_are_nowhere_are_an_error(installed, build, which):
+    python_source.sys.path.clear()
+    with pytest.raises(DataError, match=f"which = '{which}' reads installed packages, and sys.path has no site-packages"):
+        build("python_source", which=which)
 
 
 def test_python_source_holds_out_by_path_alone(tree):
@@ -136,6 +182,7 @@ def test_rows_of_jsonl_and_parquet_are_the_same_documents(build, tmp_path, suffi
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": 1}\n', r"a\.jsonl, line 2 has no text"),
         ("a.jsonl", b'{"text": "x"\n', r"a\.jsonl, line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y\\ud83d"}\n', r"a\.jsonl, line 2 has half a surrogate pair, \\ud83d"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a Parquet file"),
         ("a.csv", b"x", r"a\.csv is none of \.txt"),
         ("a.txt", b"", "holds no text to train on"),
@@ -148,6 +195,16 @@ def test_bad_files_are_named(build, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         build("text_files", files=[str(tmp_path / name)])
+
+
+def test_text_of_a_parquet_file_that_is_not_utf8_is_named(build, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra text)")
+    import pyarrow.parquet as parquet
+
+    held = pyarrow.array([b"one", b"\xff\xfe"]).buffers()
+    parquet.write_table(pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, held)}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, rows 0 to 1: the column 'text' holds text that is not UTF-8"):
+        build("text_files", files=[str(tmp_path / "a.parquet")])
 
 
 def test_a_glob_without_match_is_an_error(build, tmp_path):
