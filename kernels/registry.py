@@ -104,7 +104,7 @@ def choose(call: Call, backend: str = "auto") -> Choice:
     unasked = {name: refusal(call, name) or reason for name, reason in UNASKED.items()}
     refusals: dict[str, str] = {}
     for name in AUTOMATIC:
-        reason = refusal(call, name) or _not_split(call, name)
+        reason = refusal(call, name) or _not_split(call, name) or (tpu.untried(call) if name == "tpu" else None)
         if reason is None:
             return Choice(name, refusals | unasked, _tuned(call, name))
         refusals[name] = reason

@@ -32,6 +32,17 @@ def too_large(decay: str, delta: bool, dtype: str, key_size: int, value_size: in
     return delta and decay == "vector" and dtype == "float32" and max(key_size, value_size) > USUAL_SIZE
 
 
+def untried(call: Call) -> str | None:
+    """Why `auto` passes over the TPU kernels although they can serve `call`: no compiler has seen them at its sizes."""
+    seen = call.key_size == call.value_size and call.key_size in (USUAL_SIZE, LARGEST_SIZE) and call.chunk_size in (None, CHUNK)
+    if call.interpret is not None or seen:
+        return None
+    return (
+        f"by name only at K = {call.key_size}, V = {call.value_size}: its kernels were compiled at K = V = {USUAL_SIZE} and "
+        f"{LARGEST_SIZE} in chunks of {CHUNK}, and have not run on a TPU"
+    )
+
+
 def refusal(call: Call) -> str | None:
     """Why the TPU kernels cannot serve `call`; None when they can."""
     if call.interpret is not None and call.interpret is not True and type(call.interpret).__name__ != "InterpretParams":

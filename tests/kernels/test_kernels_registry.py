@@ -281,7 +281,14 @@ def test_a_call_is_of_the_device_that_jax_default_device_names(monkeypatch):
     cpu, real = jax.local_devices()[0], jax.local_devices
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: [tpu] if backend is None else real(backend=backend))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert kernels.explain("linear_attention", Q, Q, V).backend == "tpu"
+    q = jax.ShapeDtypeStruct((2, 8, 2, 128), jnp.bfloat16)
+    assert kernels.explain("linear_attention", q, q, q).backend == "tpu"
     for device in (cpu, "cpu"):
         with jax.default_device(device):
-            assert kernels.explain("linear_attention", Q, Q, V).backend == "xla"
+            assert kernels.explain("linear_attention", q, q, q).backend == "xla"
+    # At sizes that were never compiled they serve by name alone.
+    wide = jax.ShapeDtypeStruct((2, 8, 2, 129), jnp.bfloat16)
+    for v, how in ((wide, {}), (q, {"chunk_size": 64})):
+        choice = kernels.explain("linear_attention", q, q, v, **how)
+        assert choice.backend == "xla" and "were compiled at K = V = 128 and 256" in choice.refusals["tpu"]
+        assert kernels.explain("linear_attention", q, q, v, backend="tpu", **how).backend == "tpu"
