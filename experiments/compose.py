@@ -29,7 +29,7 @@ PARTS = {
 }
 RANK = {"smoke": 4, "laptop": 16, "gpu": 48, "paper": 64}
 SOURCES = {
-    "muon": "Jordan 2024; experiments/muon_recall.py",
+    "muon": "Jordan 2024 [P]; experiments/muon_recall.py",
     "lns": "arXiv:2502.05795, table of perplexities [table]; experiments/mix_ln.py",
     "noble": "arXiv:2603.06492, abstract [P]; experiments/noble.py",
     "hybrid": "arXiv:2510.26692, abstract [recalled]; experiments/linear_attention.py",

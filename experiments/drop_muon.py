@@ -206,13 +206,14 @@ def get_experiment() -> Experiment:
         )
     accuracy = Metric("accuracy", split="train", kind="seconds_to", target=0.99, lower_is_better=False)
     final = Metric("accuracy", split="val", lower_is_better=False)
-    for statement, metric, effect in (
-        ("Images: Drop-Muon is sooner at 99 % of the training set", accuracy, 0.2),
-        ("Images: Drop-Muon ends at a higher test accuracy", final, 0.005),
+    reviewers = "not claimed in arXiv:2510.02239; reviewers saw it often lower [R]"
+    for statement, source, metric, effect in (
+        ("Images: Drop-Muon is sooner at 99 % of the training set", PAPER, accuracy, 0.2),
+        ("Images: Drop-Muon ends at a higher test accuracy", reviewers, final, 0.005),
     ):
         found = {"statement": statement, "arm": "images: drop, uniform", "against": "images: muon", "metric": metric}
         claims.append(
-            Claim(source=PAPER, rule=Rule(effect=effect), paper_setting="1.4 times; accuracy often below [R]", **found)
+            Claim(source=source, rule=Rule(effect=effect), paper_setting="1.4 times, to equal training accuracy", **found)
         )
     # The paper's batch is an eighth of its data, its rate 0.1; digits are so few and easy that 0.1 is done in ten updates.
     cnn = {"channels": [64, 128, 256], "batch": 192, "every": 2, "steps": 120, "learning_rate": 0.02}

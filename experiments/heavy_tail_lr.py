@@ -86,7 +86,7 @@ def get_experiment() -> Experiment:
     """Three headline arms under AdamW."""
     paper = text.corpus("fineweb", batch_size=512, sequence_length=1024, micro_batches=4)
     steps = Metric(kind="steps_to", target="uniform", at="best")
-    setting = "135 M parameters, 2.7 B tokens of FineWeb; a uniform rate that was not tuned to the same grid"
+    setting = "135 M parameters, 2.7 B tokens of FineWeb; how the uniform rate was tuned was not found"
 
     def lower(arm: str, against: str, source: str, **rest) -> Claim:
         statement = f"{arm} ends lower than {against}"
@@ -127,7 +127,8 @@ def get_experiment() -> Experiment:
             lower("llr", "by type", f"{README}: 17.03 against 18.54", paper_effect=0.085, paper_setting=setting),
             lower("llr, square windows", "uniform", "the control of the aspect ratio, not in what was read of the paper"),
             lower("llr", "llr, reversed", "the reversed sign collapses, by a third-party re-implementation [2nd]"),
-            lower("muon, llr", "muon", "arXiv:2605.22297, abstract: also with Muon; perplexities not found"),
+            lower("muon, llr", "muon", "arXiv:2605.22297, abstract: also with Muon; perplexities not found [abs]"),
+            lower("muon, llr", "muon, frozen", "the control of frozen multipliers, not in what was read of the paper"),
             lower(
                 "alpha decay",
                 "uniform",

@@ -100,17 +100,21 @@ def get_experiment() -> Experiment:
                 rule=Rule(effect=50),
                 paper_setting="LLaMA 1.1 B on C4: 1.5 times",
             ),
+            lower("lanton", "muon", "arXiv:2510.14009 [2nd]"),
             lower("lanton", "lmo", "the control of the base, not in what was read of the paper"),
             lower("lanton, independent", "lanton", "the comparison of estimators that a reviewer missed [2nd]"),
             lower("muon, lanton", "muon", "the control of another base, not in what was read of the paper"),
-            Claim(
-                statement="a step of lanton takes at most 8 % more time than one of d-muon",
-                source="arXiv:2510.14009, appendix H: about 4 % [2nd]",
-                arm="lanton",
-                against="d-muon",
-                metric=each,
-                rule=Rule(at_most_worse=0.08, relative=True),
-                paper_setting="about 4 % more",
+            *(
+                Claim(
+                    statement=f"a step of {arm} takes at most 8 % more time than one of d-muon",
+                    source="arXiv:2510.14009, appendix H: about 4 % [2nd]",
+                    arm=arm,
+                    against="d-muon",
+                    metric=each,
+                    rule=Rule(at_most_worse=0.08, relative=True),
+                    paper_setting="about 4 % more, the noise measured at every step; that of `lanton` at every tenth",
+                )
+                for arm in ("lanton", "lanton, paper's interval")
             ),
         ],
     )

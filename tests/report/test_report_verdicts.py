@@ -62,7 +62,11 @@ def test_an_arm_that_diverges_more_often_cannot_be_reproduced_and_a_diverging_ba
     assert word(CLEAR, planned=6, diverged=(1, 1)) == REPRODUCED
     found = decide([evidence(CLEAR, planned=6, diverged=(0, 1), failed=2)])[0]
     assert found.word == REPRODUCED and "2 runs failed" in found.why and "0 and 1 runs diverged" in found.why
-    assert word([], planned=5, diverged=(5, 0)) == NO_VERDICT
+    found = decide([evidence([], planned=5, diverged=(5, 0))])[0]
+    assert found.word == NOT_REPRODUCED and "5 runs of" in found.why and "0 pairs are left" in found.why
+    assert word([9.0], planned=5, diverged=(4, 0)) == NOT_REPRODUCED
+    assert word([], planned=5, diverged=(5, 5)) == word([], planned=5, diverged=(0, 5)) == NO_VERDICT
+    assert word([], planned=5, diverged=(4, 0), unfinished=1) == word([], planned=1, diverged=(1, 0)) == NO_VERDICT
 
 
 def test_an_improvement_whose_whole_interval_lies_within_the_margin_is_real_and_not_reproduced():

@@ -93,6 +93,19 @@ def test_other_options_are_passed_on_and_lines_cannot_be_smuggled_in():
             slurm.check_options({name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "starts"),
+    [({}, False), ({"ntasks": "1", "nodes": "1"}, False), ({"ntasks": "2"}, True), ({"nodes": "2-4"}, True)]
+    + [({"nodes": "1", "ntasks-per-node": "8"}, True)],
+)
+def test_srun_starts_a_run_of_several_processes(sweep, fake, options, starts):
+    place, plan = sweep
+    fake("sbatch", "77")
+    slurm.submit(place, plan().runs[:1], 1, options)
+    task = json.loads((place.path / "slurm" / "tasks-0.jsonl").read_text())
+    assert (task["command"][0] == "srun") == starts
+
+
 def test_what_slurm_answers_is_read_and_the_rest_is_left_out():
     assert slurm.parse_sbatch("123\n") == "123" and slurm.parse_sbatch("123;cluster\n") == "123"
     with pytest.raises(StrataError, match="not a job id"):

@@ -236,9 +236,12 @@ def _undecided(evidence: Evidence, rule: Rule, n: int) -> tuple[str, str]:
             f"not finished: {evidence.unfinished} runs are still to end, and {n} of {evidence.planned} pairs are there; "
             "deciding before the planned n would raise the error rate"
         )
+    (own, other), least = evidence.diverged, max(2, rule.least_pairs)
+    if own > other and n < least <= n + own:  # too few pairs are left because of that
+        return NOT_REPRODUCED, f"{own} runs of {claim.arm!r} diverged, {other} of {claim.against!r}, and {n} pairs are left"
     if n == 1:
         return NO_VERDICT, "n = 1: one pair says nothing about noise"
-    if n < max(2, rule.least_pairs):
+    if n < least:
         return NO_VERDICT, f"{n} pairs, and the rule asks for at least {rule.least_pairs}{f' ({missing})' if missing else ''}"
     if evidence.missed[0] == n:
         return NOT_REPRODUCED, f"{claim.arm!r} reached the target in none of {n} pairs, {claim.against!r} in all"

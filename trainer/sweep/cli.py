@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from strata import ConfigError, StrataError
@@ -95,9 +95,29 @@ def parse(argv: Sequence[str]) -> Arguments:
         wrong.append("expected one file" + (f", not {', '.join(files)}" if files else ""))
     if values.get("launcher", "local") not in ("local", "slurm"):
         wrong.append(f"--launcher {values['launcher']}: expected local or slurm")
+    wrong += _out_of_place(command, values.get("launcher", "local"), values.keys() | flags, bool(pairs["slurm."]))
     if wrong:
         raise ConfigError("; ".join(wrong) + "\n" + USAGE)
     return Arguments(files[0] if files else "", command, values, flags, pairs)
+
+
+def _out_of_place(command: str, launcher: str, given: Set[str], slurm_options: bool) -> list[str]:
+    """What would be read by nothing, in words. `status` takes whatever the sweep is started with."""
+    if command == "status":
+        return []
+    found = []
+    if launcher != "slurm":
+        found += ["--slurm.* options need --launcher slurm"] if slurm_options else []
+        found += ["--wait needs --launcher slurm"] if "wait" in given else []
+    elif command == "search":
+        found.append("a search runs on this machine: it takes no --launcher slurm")
+    elif ours := sorted(given & {"retries", "timeout", "stop_after"}):
+        found.append(f"--{', --'.join(ours)}: with Slurm the limits are its own, such as --slurm.time=60")
+    if command == "search" and (other := sorted(given & {"scale", "arms", "part"})):
+        found.append(f"--{', --'.join(other)}: a search has none")
+    if command != "search" and "trials" in given:
+        found.append("--trials is of a search")
+    return [*found, "--watch is of status"] if "watch" in given else found
 
 
 def main(argv: Sequence[str]) -> int:

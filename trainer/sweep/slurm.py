@@ -25,6 +25,8 @@ from trainer.sweep.plan import Plan, Run
 
 OURS = ("array", "chdir", "job-name", "open-mode", "output", "error", "parsable", "requeue", "signal", "wrap")
 """Options of sbatch that the script sets itself."""
+SEVERAL = ("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket", "ntasks-per-core")
+"""Options that may give a run more than one process, which srun then starts."""
 WARNING = 120
 """Seconds before the time limit at which a run is told to save."""
 POLL = 5.0
@@ -135,7 +137,7 @@ def submit(place: Place, runs: Sequence[Run], slots: int, options: Mapping[str, 
     (place.path / "logs").mkdir(exist_ok=True)
     number = len(list(directory.glob("tasks-*.jsonl")))
     tasks = directory / f"tasks-{number}.jsonl"
-    several = int(options.get("ntasks", "1")) > 1 or options.get("nodes", "1") != "1"
+    several = any(options.get(name, "1") != "1" for name in SEVERAL)
     lines = []
     for run in runs:
         place.write_config(run)
