@@ -7,6 +7,7 @@ crawl             the same, a tenth of a second a step, until it is told to stop
 crash             makes half of what is left and exits 1
 die               the same, and is gone without a word
 hang              sleeps until it is told to stop, saves, exits 75
+deaf              makes half of what is left and then hears nothing
 diverge, data     exits 3 and 4 as the trainer does
 """
 
@@ -65,6 +66,8 @@ def main(config: Path, workdir: Path) -> int:
             return 3
         if word == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        while word == "deaf":
+            time.sleep(0.02)
         if word == "hang":
             while not told:
                 time.sleep(0.02)

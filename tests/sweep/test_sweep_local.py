@@ -165,6 +165,42 @@ def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(sweep, number)
     assert sweep.launch() == 0 and {outcome for _, _, outcome in sweep.ends()[1:]} == {"finished"}
 
 
+def test_a_second_signal_kills_a_run_that_does_not_listen(sweep):
+    run = sweep.script("low", 0, "deaf finish")
+
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    with soon(twice, lambda: len(_lines(sweep)) == 1):
+        assert sweep.launch() == 75
+    end = [row for row in sweep.place.ledger.rows() if row["event"] == "end"]
+    assert [row["exit"] for row in end] == [-signal.SIGKILL] and sweep.place.outcome(run).state != "running"
+    assert sweep.launch() == 0
+
+
+def test_one_that_does_not_listen_is_killed_after_a_while(sweep, monkeypatch):
+    monkeypatch.setattr("trainer.sweep.local.GRACE", 0.3)
+    sweep.script("low", 0, "deaf")
+    assert sweep.launch(stop_after=1.5) == 75
+    assert next(row for row in sweep.place.ledger.rows() if row["event"] == "end")["exit"] == -signal.SIGKILL
+
+
+def test_status_tells_how_far_a_run_is_its_loss_and_what_is_left(sweep):
+    run = sweep.script("low", 0, "hang finish")
+    shown = []
+
+    def look():
+        shown.extend(status_lines(sweep.place, sweep.plan()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with soon(look, lambda: len(_lines(sweep)) == 1):
+        sweep.launch()
+    words = next(line for line in shown if line.startswith("running"))
+    assert run.title in words and "step 4/8 (50%)" in words and "0.2500" in words and "0 s left" in words
+
+
 def test_stop_after_ends_it_in_the_same_way(sweep):
     sweep.script("low", 0, "hang finish")
     assert sweep.launch(stop_after=1.5) == 75 and sweep.ends() == [("low", 0, "preempted")]

@@ -165,7 +165,7 @@ def cut(request, no_account, tiny, monkeypatch):
     if request.param == "online":
         monkeypatch.setenv("WANDB_API_KEY", "x")
     run, recorder = no_account / "run", Recorder(monkeypatch, no_account, fails_at=5, error=Killed)
-    config = tiny(log__wandb=request.param, log__wandb_project="depth")
+    config = tiny(log__wandb=request.param, log__wandb_project="depth", log__wandb_group="sweep")
     with pytest.raises(Killed):
         trainer.train(config, run)
     before, recorder.logged = recorder.logged, []
@@ -181,7 +181,8 @@ def test_a_run_tells_wandb_its_rows_and_one_that_is_resumed_goes_on_under_its_id
     recorder.resumed, recorder.summary = config["log"]["wandb"] == "online", {"train/step": 4, "val/step": 4}
     trainer.train(config, run)
     first, second = recorder.started
-    for given in ("id", "project", "name", "dir", "mode"):
+    assert first["group"] == "sweep"
+    for given in ("id", "project", "group", "name", "dir", "mode"):
         assert first[given] == second[given]
     assert (first["project"], first["name"], first["dir"], first["mode"]) == ("depth", "run", str(run), config["log"]["wandb"])
     assert first["id"] == json.loads((run / "wandb.json").read_text())["id"]
