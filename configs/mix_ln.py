@@ -16,5 +16,6 @@ from configs import tiny
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` names another placement, for comparison."""
     config = tiny.get_config()
+    config.optimizer.direction.learning_rate = 0.02  # of the results above
     config.model = dict(width=96, layers=8, heads=3, placement=dict(name=arg or "mix"))
     return config

@@ -1,6 +1,6 @@
 """A relaxed recursive transformer (arXiv:2410.20672) made from a finished run of `configs/tiny.py`, its donor and teacher.
 
-    python -m trainer --config configs/tiny.py --workdir runs/tiny
+    python -m trainer --config configs/tiny.py --config.optimizer.direction.learning_rate=0.02 --workdir runs/tiny
     python -m trainer --config configs/relaxed_converted.py
 
 Cost: 400 steps in 2 minutes on two cores of an AMD EPYC (Zen 4), with other work beside it, after the donor's 1,000.

@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "baseline"):
         raise ValueError(f"configs/snlp.py takes no argument or :baseline, not :{arg}")
     config = tiny.get_config()
+    config.optimizer.direction.learning_rate = 0.02  # of the results above
     weight = 0.0 if arg else 0.5
     # Two compared layers at 0.5: the whole weight is 1, about that of the released 0.5B IDN run (others have 0.5, 1.5 and 4.5).
     depth = dict(name="layer_parallel", layers=4, forward="sequential", regularizer=weight, stride=2)

@@ -2,8 +2,8 @@
 
     python -m trainer --config configs/tiny_adamw.py
 
-Result: 1.844 bits per byte on the 35 held-out files, where Muon reaches 1.643 (seed 0, Python 3.11.7, jax 0.10.2; one run each
-and a rate that was not tuned, so no verdict).
+Result: 1.844 bits per byte on the 35 held-out files, where Muon at 0.02 reaches 1.643 (seed 0, Python 3.11.7, jax 0.10.2; one
+run each and rates that were not tuned, so no verdict; `experiments/recipes.py` has both tuned).
 """
 
 from ml_collections import ConfigDict
