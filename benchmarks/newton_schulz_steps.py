@@ -11,13 +11,14 @@ update of a small model's matrices with the steps that the table gives for a siz
 
 Then `configs/tiny.py` (other sizes with `--set`) trains three times side by side (`benchmarks.fixed_loss`): five steps for all,
 as the laws predict for its size, and as measured. Told are the steps in use at the end, and FLOPs of Newton-Schulz and time to
-one training loss.
+one training loss; before its choice `measured` runs its last candidate, and those updates are billed as such.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from benchmarks.fixed_loss import Contestant, over, race, told
 from benchmarks.measure import Patience, overrides, parser, show, shown_ratio, spread, timed, write_result
@@ -133,6 +134,19 @@ def entries(steps: int) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+class Work(NamedTuple):
+    """FLOPs of Newton-Schulz in the updates of a contestant."""
+
+    before: float  # in each update before the choice
+    last: float  # in each from it on, with the steps in use at the end
+    choose_at: int  # the first update with chosen steps
+    matrices: dict[int, int]  # how many take how many steps, at the end
+
+    def up_to(self, step: int) -> float:
+        """In the first `step` updates."""
+        return self.before * min(step, self.choose_at - 1) + self.last * max(0, step - self.choose_at + 1)
+
+
 def in_use(runner: Contestant) -> dict[str, list[list[int]]]:
     """Steps of each matrix of each layer by path, as a contestant ended."""
     import numpy as np
@@ -153,18 +167,30 @@ def in_use(runner: Contestant) -> dict[str, list[list[int]]]:
     return {path: [[int(lengths[i])] * max(1, len(declared[path].split)) for i in own] for path, own in choices.items()}
 
 
-def work(runner: Contestant) -> tuple[float, dict[int, int]]:
-    """FLOPs of Newton-Schulz in the last update of a contestant, and how many matrices took how many steps."""
+def work(runner: Contestant) -> Work:
+    """The FLOPs of a contestant as it ended; a choice that was checked again counts as the last one from the first on."""
     from optim.directions.newton_schulz import flops
+    from optim.directions.thresholds import configuration
     from optim.roles import parameters
 
-    declared, total, counts = parameters(runner.setup.model), 0.0, Counter()
-    for path, rows in in_use(runner).items():
-        widths = declared[path].split or declared[path].shape[-1:]
-        for own in rows:
-            counts.update(own)
-            total += sum(flops(declared[path].shape[-2], width, k) for width, k in zip(widths, own, strict=True))
-    return total, dict(sorted(counts.items()))
+    declared, rows = parameters(runner.setup.model), in_use(runner)
+    chosen = runner.setup.config.optimizer.direction.newton_schulz
+
+    def total(steps: Mapping[str, list[list[int]]]) -> float:
+        found = 0.0
+        for path, layers in steps.items():
+            widths = declared[path].split or declared[path].shape[-1:]
+            found += sum(
+                flops(declared[path].shape[-2], width, k) for own in layers for width, k in zip(widths, own, strict=True)
+            )
+        return found
+
+    matrices = dict(sorted(Counter(k for layers in rows.values() for own in layers for k in own).items()))
+    if getattr(chosen, "name", None) != "measured":
+        return Work(total(rows), total(rows), 1, matrices)
+    dearest = len(configuration(chosen.candidates[-1]))
+    before = {path: [[dearest] * len(own) for own in layers] for path, layers in rows.items()}
+    return Work(total(before), total(rows), chosen.choose_at, matrices)
 
 
 def trained(changes: list[tuple[str, str]], chosen: Any, patience: Patience) -> dict[str, Any]:
@@ -177,14 +203,14 @@ def trained(changes: list[tuple[str, str]], chosen: Any, patience: Patience) -> 
         found, runners = race(sides, seed=seed, **how)
         used = {name: work(runner) for name, runner in runners.items()}
         for name, own in found["entries"].items():
-            own |= {"flops": used[name][0], "flops_to_loss": used[name][0] * own["steps"], "matrices": used[name][1]}
+            own |= {"flops": used[name].last, "flops_to_loss": used[name].up_to(own["steps"]), "matrices": used[name].matrices}
         races.append(found)
     quantities = ("flops", "flops_to_loss", "steps", "seconds", "cpu_seconds")
     ratios = {name: {what: over(races, name, "five", what) for what in quantities} for name in used}
     rows = [
         [
             name,
-            ", ".join(f"{count} x {k}" for k, count in used[name][1].items()),
+            ", ".join(f"{count} x {k}" for k, count in used[name].matrices.items()),
             f"{own['flops']['median']:.2f}",
             f"{own['flops_to_loss']['median']:.2f}",
             shown_ratio(own["seconds"]),
@@ -198,7 +224,7 @@ def trained(changes: list[tuple[str, str]], chosen: Any, patience: Patience) -> 
         f"over five steps for all, to the training loss of {told(races)}",
         columns,
         rows,
-        ["FLOPs: of Newton-Schulz, with the steps in use at the end"],
+        ["FLOPs: of Newton-Schulz, with the steps in use at the end; to the loss also those before a choice"],
     )
     return {"races": races, "ratios": ratios}
 

@@ -159,13 +159,17 @@ def test_newton_schulz_steps_extrapolates_the_laws_and_weighs_work_at_one_loss(r
 
     def race(entries, *, seed, **how):
         assert "optimizer.direction.newton_schulz.accept" not in dict(entries["five"]) and how["steps"] == 80
-        assert dict(entries["measured"])["optimizer.direction.newton_schulz.accept"] == "0.5"
+        measured = dict(entries["measured"])
+        assert measured["optimizer.direction.newton_schulz.accept"] == "0.5"
+        assert measured["optimizer.direction.newton_schulz.choose_at"] == "8"
         taken = {"five": 40, "predicted": 50, "measured": 20}
         each = {name: {"steps": n, "seconds": n / 10, "cpu_seconds": n / 5, "final": 2.0} for name, n in taken.items()}
         return {"seed": seed, "loss": 2.5, "entries": each}, {name: name for name in entries}
 
     monkeypatch.setattr(module, "race", race)
-    monkeypatch.setattr(module, "work", lambda name: ({"five": 100.0}.get(name, 60.0), {3: 7}))
+    last = {"five": 100.0, "predicted": 60.0, "measured": 30.0}
+    choose_at = {"measured": 8}  # a tenth of the steps
+    monkeypatch.setattr(module, "work", lambda name: module.Work(200.0, last[name], choose_at.get(name, 1), {3: 7}))
     accept = ["--set", "optimizer.direction.newton_schulz.accept=0.5"]
     found = run_here("newton_schulz_steps", "--pairs", "0", "--steps", "80", "--seeds", "2", *accept)
     sizes = {row["size"]: row for row in found["table"]}
@@ -173,6 +177,9 @@ def test_newton_schulz_steps_extrapolates_the_laws_and_weighs_work_at_one_loss(r
     ratios = found["training"]["ratios"]["predicted"]
     assert ratios["flops"]["median"] == 0.6 and ratios["flops_to_loss"]["median"] == pytest.approx(0.75)
     assert ratios["seconds"]["median"] == 1.25 and ratios["seconds"]["count"] == 2
+    measured = found["training"]["ratios"]["measured"]
+    assert measured["flops"]["median"] == pytest.approx(0.3)
+    assert measured["flops_to_loss"]["median"] == pytest.approx((7 * 200 + 13 * 30) / (40 * 100))
     assert "to the training loss of 2.5000, 2.5000" in capsys.readouterr().out
 
 

@@ -37,6 +37,9 @@ every = [
 ]
 
 
+FALL = 0.9 / (1 - 11**-0.5)  # of the inverse square root from 1 to 0.1, over 1 - 1 / sqrt(1 + 10 u)
+
+
 def values(schedule: dict, steps: int | None, at: list[int]) -> list[float]:
     options, _ = resolve(Optimizer, {"schedule": schedule})
     if "budgets" in schedule:
@@ -80,6 +83,19 @@ def values(schedule: dict, steps: int | None, at: list[int]) -> list[float]:
             {1: 0.5, 2: 1, 4: 0.55, 6: 0.1, 8: 0.1, 9: 10**-1.5, 10: 0.01},
         ),
         ({"name": "infinite", "cooldown": 4, "shape": "inverse_sqrt"}, None, {4: 0.1, 1000: 0.1}),
+        (
+            {"name": "infinite", "warmup": 2, "cooldown": 6, "constant": 0.2},
+            None,
+            {3: 0.6 + 0.2 * 3**0.5, 4: 0.8, 5: 0.6, 6: 0.4, 7: 0.6 - 0.2 * 3**0.5, 8: 0.2, 9: 0.2},
+        ),
+        (
+            # 1 + 10 u is 9/4, 4, 25/4, 9 and 11.
+            {"name": "infinite", "warmup": 1, "cooldown": 40, "shape": "inverse_sqrt", "tasks": [50], "rewarmup": 2},
+            None,
+            {1: 1, 51: 0.55, 52: 1, 57: 1 - FALL / 3}
+            | {6: 1 - FALL / 3, 13: 1 - FALL / 2, 22: 1 - 0.6 * FALL, 33: 1 - FALL * 2 / 3, 41: 0.1, 50: 0.1},
+        ),
+        ({"name": "infinite", "cooldown": 2, "anneal": 4, "constant": 0.25, "final": 0.04}, 9, {5: 0.25, 7: 0.1, 9: 0.04}),
         ({"name": "infinite", "cooldown": 2, "tasks": [6], "rewarmup": 2}, None, {6: 0.1, 7: 0.55, 8: 1, 9: 0.55, 10: 0.1}),
     ],
 )
