@@ -297,7 +297,7 @@ def _u_curves(results: Results) -> list[Drawing]:
         if arm is None or arm.tune is None or len(arm.tune.space.paths) != 1:
             continue
         path = arm.tune.space.paths[0]
-        for record in results.of(arm.name, "tune"):
+        for record in _ended(results.of(arm.name, "tune")):
             x = _at(record.config, path)
             mark = "chosen" if record.point == choice.chosen else ""
             point = (x, _final(results, record, metric), mark)
@@ -307,12 +307,17 @@ def _u_curves(results: Results) -> list[Drawing]:
         for arm in results.arms:
             if path in arm.changes:
                 rest = ", ".join(f"{p.rsplit('.', 1)[-1]}={v}" for p, v in arm.changes.items() if p != path) or "all"
-                for record in results.of(arm.name):
+                for record in _ended(results.of(arm.name)):
                     groups.setdefault(rest, []).append((_at(record.config, path), _final(results, record, metric), ""))
         for name, points in groups.items():
             if len({x for x, _, _ in points if x is not None}) > 2:
                 families.setdefault(path, {})[name] = points
     return [_u_curve(path, lines, metric) for path, lines in families.items() if _drawable(lines)]
+
+
+def _ended(records: Sequence[Record]) -> list[Record]:
+    """Those whose cross would not say that they failed while they are still to come."""
+    return [record for record in records if record.state in ("finished", "diverged", "failed")]
 
 
 def _drawable(lines: dict[str, list[tuple[float, float | None, str]]]) -> bool:
@@ -352,6 +357,9 @@ def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]],
             axis.annotate("chosen", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
     if xs and min(xs) > 0 and max(xs) / min(xs) > 5:
         axis.set_xscale("log")
+        if len(tried := sorted(set(xs))) <= 12:  # the values themselves, whose powers of ten would run into each other
+            axis.set_xticks(tried, [f"{x:g}" for x in tried], rotation=45)
+            axis.minorticks_off()
     axis.set_xlabel(path)
     axis.set_ylabel(f"{metric.split} {metric.name}")
     _legend(figure, axis)
