@@ -146,7 +146,7 @@ def test_auto_takes_the_kernels_on_one_tpu_and_the_chunked_form_on_a_mesh(proble
 
     from kernels.arguments import Tensors, checked
 
-    q = jax.ShapeDtypeStruct((2, 8, 2, 8), jnp.float32)
+    q = jax.ShapeDtypeStruct((2, 8, 2, 128), jnp.float32)
     call = checked(
         "linear_attention",
         Tensors(q, q, q),
