@@ -18,7 +18,7 @@ from models.sharding import partition
 from trainer.announce import data_line, mixer_lines
 from trainer.flops import FORMULA, Flops, training_flops
 from trainer.options import Config
-from trainer.runs import configuration_error
+from trainer.runs import require_run
 from trainer.setup import Setup, assemble
 
 TEXT_COLUMNS = ("role", "path", "shape", "axes", "rule", "Newton-Schulz", "split")
@@ -28,8 +28,8 @@ PLOT_WIDTH, PLOT_HEIGHT = 60, 6
 def dry_run(config: Config) -> None:
     """Print the report. Raises as `assemble`, `optim.build` and the attention choice do, or if `init_from.run` is no run."""
     source = config.init_from
-    if source.run is not None and not (Path(source.run) / "config.json").is_file():
-        raise configuration_error(Path(source.run))
+    if source.run is not None:
+        require_run(Path(source.run))
     setup = assemble(config)
     console = Console(width=None if Console().is_terminal else 160, highlight=False, soft_wrap=True)
     console.print(f"data: {data_line(setup.dataset.description)}", markup=False)

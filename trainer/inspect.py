@@ -31,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
     from trainer import runs
     from trainer.diagnostics.pictures import pictures, require_matplotlib
 
-    if not (arguments.run / "config.json").is_file():
-        raise runs.configuration_error(arguments.run)
+    runs.require_run(arguments.run)
     require_matplotlib()
     rows, source = [], "measured while it was trained"
     if arguments.measure is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,8 +78,8 @@ class Reporter:
         self._stack.close()
         stopped = kind is None or issubclass(kind, Preempted)  # a run that was told to stop has not failed
         for mirror in self.mirrors:
-            whole = stopped and mirror not in self._lost
-            mirror.__exit__(None if whole else kind or RuntimeError, None, None)
+            failed = kind or RuntimeError if not stopped or mirror in self._lost else None
+            self._mirrored(mirror, "at its end", mirror.__exit__, failed, None, None)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -185,15 +185,17 @@ class Reporter:
         if self.writer is not None:
             self.writer.write(row)
         for mirror in self.mirrors:
-            if mirror in self._lost:
-                continue
-            try:
-                mirror.write(row)
-            except Exception as error:  # the row is in metrics.jsonl, and no mirror is worth a run
-                self._lost.append(mirror)
-                what = f"{type(mirror).__name__} failed at step {row['step']} and gets no more rows"
-                way = "python -m trainer.mirror rebuilds it from metrics.jsonl"
-                self.say(f"warning: {what} ({type(error).__name__}: {error}); {way}")
+            if mirror not in self._lost:
+                self._mirrored(mirror, f"at step {row['step']} and gets no more rows", mirror.write, row)
+
+    def _mirrored(self, mirror: Any, when: str, tell: Callable[..., None], *given: Any) -> None:
+        """What a mirror is told. The rows are in metrics.jsonl, and no mirror is worth a run."""
+        try:
+            tell(*given)
+        except Exception as error:
+            self._lost.append(mirror)
+            what = f"{type(mirror).__name__} failed {when} ({type(error).__name__}: {error})"
+            self.say(f"warning: {what}; python -m trainer.mirror rebuilds it from metrics.jsonl")
 
 
 def _mirror_id(directory: RunDirectory) -> str:

@@ -63,8 +63,7 @@ def load(run_dir: str | Path, step: int | str | None = None) -> Run:
       StrataError: there is no such checkpoint, or it is damaged.
     """
     directory = Path(run_dir)
-    if not (directory / "config.json").is_file():
-        raise configuration_error(directory)
+    require_run(directory)
     loaded = configuration.load(str(directory / "config.json"))
     config, notes = _on_these_devices(loaded.config)
     setup = assemble(config)
@@ -161,8 +160,7 @@ def params_for(setup: Setup, directory: Path, step: int | None) -> tuple[Any, in
       ConfigError: the directory is no run, has no such checkpoint, its token ids mean something else, or its parameters do
         not fit this model; with every difference.
     """
-    if not (directory / "config.json").is_file():
-        raise configuration_error(directory)
+    require_run(directory)
     try:
         _check_donor(setup, directory)
         params, _, step = restore_params(directory, setup, step)
@@ -177,8 +175,7 @@ def state_for(setup: Setup, shapes: Any, directory: Path, step: int | None) -> R
     Raises:
       ConfigError: as `params_for`, of the whole state; or the checkpoint is not before the end of the run of `setup`.
     """
-    if not (directory / "config.json").is_file():
-        raise configuration_error(directory)
+    require_run(directory)
     checkpointer = Checkpointer(directory / "checkpoints")
     try:
         _check_donor(setup, directory)
@@ -243,7 +240,8 @@ def _check_order(donor: Model, model: Model) -> None:
             )
 
 
-def configuration_error(directory: Path) -> Exception:
-    """The error for a path that is not a run directory."""
-    what = "has no config.json, so it is not a run" if directory.is_dir() else "does not exist"
-    return ConfigError(f"run directory {directory} {what}")
+def require_run(directory: Path) -> None:
+    """Raises `ConfigError` if a path is not a run directory."""
+    if not (directory / "config.json").is_file():
+        what = "has no config.json, so it is not a run" if directory.is_dir() else "does not exist"
+        raise ConfigError(f"run directory {directory} {what}")

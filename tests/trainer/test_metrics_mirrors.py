@@ -211,7 +211,18 @@ def test_a_mirror_that_fails_costs_the_run_nothing_and_is_told(no_account, tiny,
     assert [row.get("train/step") for row in recorder.logged] == [1, 2, 3, 4, None] and recorder.finished == [1]
     assert [row["step"] for row in read_metrics(no_account / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     said = capsys.readouterr().err
+    assert "rebuilds it from metrics.jsonl" in said
     assert said.count("WandbMirror failed at step 5 and gets no more rows (RuntimeError: the connection is gone)") == 1
+
+
+def test_nor_does_one_that_cannot_be_closed(no_account, tiny, monkeypatch, capsys):
+    import trainer
+
+    recorder = Recorder(monkeypatch, no_account)
+    monkeypatch.setattr(recorder, "finish", lambda exit_code: 1 / 0)
+    trainer.train(tiny(log__wandb="offline"), no_account / "run")
+    assert json.loads((no_account / "run" / "status.json").read_text())["state"] == "finished"
+    assert "WandbMirror failed at its end (ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_run_that_failed_is_marked_as_failed(no_account, monkeypatch):

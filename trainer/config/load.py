@@ -76,8 +76,9 @@ def _resolve(tree: dict[str, Any], changes: Sequence[tuple[str, str]], source: s
 
 def _import_nothing_from(run: Path) -> None:
     """A run directory is data. Started within it, Python would look there for the modules that its config names."""
-    inside = run.resolve()
-    sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(inside)]
+    here = Path.cwd()
+    if here.is_relative_to(run.resolve()):
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 
 
 def _import_plugins(tree: Mapping[str, Any], changes: Sequence[tuple[str, str]]) -> list[Problem]:

@@ -13,6 +13,7 @@ from trainer.report.results import Record, Results
 from trainer.report.statistics import Summary
 from trainer.report.verdicts import Evidence, Verdict, decide
 from trainer.sweep.experiment import Claim, Metric, Rule
+from trainer.sweep.outcome import OVER
 
 
 @dataclasses.dataclass
@@ -96,7 +97,7 @@ def evidence(results: Results, claim: Claim) -> Evidence:
     neither = [seed for seed in shared if a[seed][1] and b[seed][1]]
     shared = [seed for seed in shared if seed not in neither]
     planned = len(results.seeds)
-    unfinished = sum(record.state not in ("finished", "diverged", "failed") for record in [*one, *two])
+    unfinished = sum(record.state not in OVER for record in [*one, *two])
     unfinished += planned * ((not one) + (not two))
     no_number = sum(found is None for found in [*a.values(), *b.values()])
     return Evidence(

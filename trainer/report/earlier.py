@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from strata import ConfigError
 from trainer.report.promises import changed_rules
 from trainer.sweep.experiment import Metric
-from trainer.sweep.outcome import Outcome
+from trainer.sweep.outcome import OVER, Outcome
 from trainer.sweep.plan import Plan, Run, Score
 
 if TYPE_CHECKING:
     from trainer.report.results import Results
-
-ENDED = ("finished", "diverged", "failed")
 
 
 class Earlier:
@@ -38,8 +36,8 @@ class Earlier:
         try:
             content = json.loads(self.path.read_text())
             self.title, self.scale, self.made, self.rules = (content[key] for key in ("title", "scale", "made", "rules"))
-            self._runs = {run["directory"]: run for run in content["runs"] if run["state"] in ENDED}
-            self._numbers = {name: run["numbers"] for name, run in self._runs.items()}
+            over = [run for run in content["runs"] if run["state"] in OVER]
+            self._runs = {run["directory"]: run | {"numbers": dict(run["numbers"])} for run in over}
         except OSError as error:
             raise ConfigError(f"--earlier {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -60,7 +58,7 @@ class Earlier:
             known = self._runs.get(run.directory)
             if ended or known is None:
                 return ended, value
-            found = self._numbers[run.directory].get(metric.label)
+            found = known["numbers"].get(metric.label)
             return True, None if found is None or known["state"] != "finished" else found[0]
 
         return score
@@ -74,7 +72,7 @@ class Earlier:
                 continue
             taken[record.arm] += 1
             record.found = Outcome(known["state"], known["step"], known["message"])
-            record.numbers = {label: (value, bound) for label, (value, bound) in self._numbers[record.directory.name].items()}
+            record.numbers = {label: (value, bound) for label, (value, bound) in known["numbers"].items()}
             record.versions, record.machine = tuple(known["versions"]), known["machine"]
             record.modules, record.environment = tuple(known["modules"].items()), known["environment"]
         if not taken:

@@ -317,7 +317,7 @@ def _u_curves(results: Results) -> list[Drawing]:
 
 def _ended(records: Sequence[Record]) -> list[Record]:
     """Those whose cross would not say that they failed while they are still to come."""
-    return [record for record in records if record.state in ("finished", "diverged", "failed")]
+    return [record for record in records if record.state in outcomes.OVER]
 
 
 def _drawable(lines: dict[str, list[tuple[float, float | None, str]]]) -> bool:

@@ -98,7 +98,7 @@ class Results:
     @property
     def unfinished(self) -> list[Record]:
         """Runs that are still to end."""
-        return [record for record in self.records if record.state not in ("finished", "diverged", "failed")]
+        return [record for record in self.records if record.state not in outcomes.OVER]
 
     # ---- numbers
 

@@ -20,6 +20,9 @@ from trainer.sweep.experiment import Metric
 STATES = ("missing", "running", "finished", "preempted", "broken", "failed", "diverged")
 """`broken`: its process is gone and did not say why. `failed` and `diverged` ended with a reason."""
 
+OVER = ("finished", "diverged", "failed")
+"""States that a report does not wait for: a failed run may be started again, but need not be."""
+
 TAIL = 65536
 """Bytes at the end of `metrics.jsonl` that the progress is read from."""
 
