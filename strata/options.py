@@ -7,8 +7,9 @@
 
         epsilon: float = option(1e-6, "added to the mean square before the root", above=0)
 
-A class may define `problems(self)`, which yields `(field, sentence)` for combinations that cannot work; it is called
-only when every field of the class was right by itself, and every component and section had no problems of its own.
+A class may define `problems(self)`, which yields `(field, sentence)` for combinations that cannot work, and iterators of
+such pairs, each of which is a check of its own. A check ends where it reads a field that has a problem by itself, or a
+component or section whose combination cannot work; the other checks go on.
 """
 
 from __future__ import annotations

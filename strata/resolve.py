@@ -44,7 +44,7 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
     for key in tree:
         if key not in fields and key not in ignore:
             found.problems.append(_unknown(cls, key, tree[key], path, [*ignore, *fields]))
-    hints, values, broken = type_hints(cls), {}, False
+    hints, values, broken = type_hints(cls), {}, set()
     for name, field in fields.items():
         declared, where = declaration(field), f"{path}.{name}" if path else name
         given, before = name in tree, len(found.problems)
@@ -57,14 +57,12 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
             values[name] = field.default
         else:
             values[name] = _leaf(cls, field, declared, hints[name], tree[name], where, found)
-        # What could be built in spite of a misspelt field is still checked with its neighbours; what could not be built
-        # is not replaced by a stand-in, since a combination would be reported that nobody wrote.
+        # What could be built in spite of a misspelt field is still checked with its neighbours.
         missing = values[name] is None or (isinstance(values[name], tuple) and None in values[name])
-        broken |= missing and len(found.problems) > before
-    if broken:
-        return None
-    value, before = cls(**values), len(found.problems)
-    for name, message in value.problems() if hasattr(value, "problems") else ():
+        if missing and len(found.problems) > before:
+            broken.add(name)
+    value, before = _without(cls, values, broken), len(found.problems)
+    for name, message in _checked(value.problems()) if hasattr(value, "problems") else ():
         where = ".".join(filter(None, [path, name]))
         shown, known = _value_at(value, name)
         found.problems.append(Problem(where, message, shown, known, defined_in(cls, name.partition(".")[0] or None)))
@@ -72,11 +70,44 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
     return value if len(found.problems) == before else None
 
 
+class Waits(Exception):
+    """A check read a field that has a problem of its own: what it would say of a stand-in is about nothing that was written."""
+
+
+def _without(cls: type, values: Mapping[str, Any], broken: set[str]) -> Any:
+    """An instance of `cls` whose `broken` fields raise `Waits` when they are read."""
+    value = cls(**{name: item for name, item in values.items() if name not in broken})
+    if broken:
+
+        def read(self, name):
+            if name in broken:
+                raise Waits(name)
+            return cls.__getattribute__(self, name)
+
+        object.__setattr__(value, "__class__", type(cls.__name__, (cls,), {"__getattribute__": read}))
+    return value
+
+
+def _checked(checks: Iterator) -> Iterator[tuple[str, str]]:
+    """What `problems()` yields, each iterator in it as a check of its own; a check ends where it would have to wait."""
+    try:
+        for item in checks:
+            if isinstance(item, tuple):
+                yield item
+            else:
+                yield from _checked(item)
+    except Waits:
+        return
+
+
 def _value_at(value: Any, name: str) -> tuple[Any, bool]:
-    for step in filter(None, name.split(".")):
-        if not hasattr(value, step):
-            return None, False
-        value = getattr(value, step)
+    try:
+        for step in filter(None, name.split(".")):
+            if not hasattr(value, step):
+                return None, False
+            value = getattr(value, step)
+    except Waits:
+        return None, False
     return value, bool(name) and not dataclasses.is_dataclass(value)
 
 

@@ -40,10 +40,10 @@ class InitFrom:
 
     def problems(self) -> Problems:
         """There must be something to convert, or to go on from."""
-        if self.convert is not None and self.run is None:
-            yield "convert", "there is no run to convert: give init_from.run"
         if self.branches and self.run is None:
             yield "take", "there is no run to branch off: give init_from.run"
+        if self.convert is not None and self.run is None:
+            yield "convert", "there is no run to convert: give init_from.run"
         if self.branches and self.convert is not None:
             yield "take", "the optimizer's state is that of the other model: give parameters with init_from.convert"
 
@@ -189,35 +189,48 @@ class Config:
         """Steps whose checkpoints have a name, are always saved and never deleted, in ascending order."""
         return dict(sorted(self.optimizer.milestones(self.train.steps).items()))
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[Problems]:
         """Combinations across sections."""
+        yield self._batch_problems()
+        yield self._evaluation_problems()
+        yield self._sampling_problems()
+        yield self._length_problems()
+        yield self._branch_problems()
+        yield self._conversion_problems()
+        yield ((f"optimizer.{name}", message) for name, message in self.optimizer.problems_over(self.train.steps))
+
+    def _batch_problems(self) -> Problems:
         size, parts = self.data.batch_size, self.train.accumulation
         if size % parts:
             yield "train.accumulation", f"{parts} micro-batches do not divide data.batch_size {size}"
-        else:
-            shards = max(1, self.mesh.data) * max(1, self.mesh.fsdp)
-            if (size // parts) % shards:
-                yield (
-                    "data.batch_size",
-                    (f"{size} sequences in {parts} micro-batches do not divide over mesh.data x mesh.fsdp = {shards} devices"),
-                )
-            elif self.optimizer.needs_second_gradient and (size // parts) % (2 * shards):
-                yield (
-                    "data.batch_size",
-                    "noise by independent gradients takes halves of every micro-batch: give an even number",
-                )
-        if self.optimizer.sampling is not None and self.model.tie_embeddings:
-            message = "layer sampling needs a head of its own: a tied one is used by the last layer and frozen with the first"
-            yield "model.tie_embeddings", message
+            return
+        shards = max(1, self.mesh.data) * max(1, self.mesh.fsdp)
+        if (size // parts) % shards:
+            message = f"{size} sequences in {parts} micro-batches do not divide over mesh.data x mesh.fsdp = {shards} devices"
+            yield "data.batch_size", message
+        elif self.optimizer.needs_second_gradient and (size // parts) % (2 * shards):
+            message = "noise by independent gradients takes halves of every micro-batch: give an even number"
+            yield "data.batch_size", message
+
+    def _evaluation_problems(self) -> Problems:
         devices = max(1, self.mesh.data) * max(1, self.mesh.fsdp)
         if self.evaluate.batch_size and self.evaluate.batch_size % devices:
             yield "evaluate.batch_size", f"does not divide over mesh.data x mesh.fsdp = {devices} devices"
+
+    def _sampling_problems(self) -> Problems:
+        if self.optimizer.sampling is not None and self.model.tie_embeddings:
+            message = "layer sampling needs a head of its own: a tied one is used by the last layer and frozen with the first"
+            yield "model.tie_embeddings", message
+
+    def _length_problems(self) -> Problems:
         if self.log.profile and self.log.profile[0] > self.train.steps:
             yield "log.profile", f"starts after the last step, {self.train.steps}"
+
+    def _branch_problems(self) -> Problems:
         if self.init_from.branches and self.init_from.step is not None and self.init_from.step >= self.train.steps:
             yield "init_from.step", f"the run would branch off here, but ends at train.steps = {self.train.steps}"
+
+    def _conversion_problems(self) -> Problems:
         if self.init_from.convert is not None:
             asked = getattr(self.init_from.convert, "problems_in", lambda model: ())(self.model)
             yield from ((f"init_from.convert.{name}", message) for name, message in asked)
-        for name, message in self.optimizer.problems_over(self.train.steps):
-            yield f"optimizer.{name}", message

@@ -110,28 +110,36 @@ class Model:
         chosen = self.output_init or self.placement.output_init
         return {"zero": 0.0, "normal": 1.0, "scaled": (2 * self.layers) ** -0.5}[chosen] * gain * units_in**-0.5
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[tuple[str, str] | Problems]:
         """Combinations of sizes and parts that cannot work."""
-        sizes = list(self._size_problems())
-        yield from sizes
-        if sizes:
-            return
+        yield self._size_problems()
+        yield self._part_problems()
+
+    def _part_problems(self) -> Iterator[tuple[str, str] | Problems]:
         loops = self.depth.loops
-        if self.layers % loops:  # nothing below is defined then
+        if any(True for _ in self._size_problems()):  # nothing below is defined then
+            return
+        if self.layers % loops:
             yield "depth.loops", f"{loops} loops do not divide {self.layers} layers"
             return
-        seen = set()
-        for layer in (self, *dict.fromkeys(self.plan())):
+        seen: set[tuple[str, str]] = set()
+        yield from (self._problems_of(name, self, seen) for name in PARTS)
+        yield self._layer_problems(seen)
+
+    def _layer_problems(self, seen: set[tuple[str, str]]) -> Problems:
+        for layer in dict.fromkeys(self.plan()):
             for name in PARTS:
-                if name == "depth" and layer is not self:  # a strategy is of all layers
-                    continue
-                chosen = getattr(layer, name)
-                for field, message in chosen.problems_in(layer) if hasattr(chosen, "problems_in") else ():
-                    # A part that stands for others in some layers has no such field: it is shown as a whole.
-                    where = f"{name}.{field}" if chosen is getattr(self, name) else name
-                    if (where, message) not in seen:
-                        seen.add((where, message))
-                        yield where, message
+                if name != "depth":  # a strategy is of all layers
+                    yield from self._problems_of(name, layer, seen)
+
+    def _problems_of(self, name: str, layer: Model, seen: set[tuple[str, str]]) -> Problems:
+        chosen = getattr(layer, name)
+        for field, message in chosen.problems_in(layer) if hasattr(chosen, "problems_in") else ():
+            # A part that stands for others in some layers has no such field: it is shown as a whole.
+            where = f"{name}.{field}" if chosen is getattr(self, name) else name
+            if (where, message) not in seen:
+                seen.add((where, message))
+                yield where, message
 
     def _size_problems(self) -> Problems:
         if self.head_size is None and self.width % self.query_heads:

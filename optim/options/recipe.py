@@ -32,14 +32,20 @@ class Optimizer:
         """Every schedule of the recipe by the field that holds it, the common one first."""
         yield from ((path, chosen) for path, chosen in self.parts() if type(chosen).kind == "optimizer.schedule")
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[Problems]:
         """Under layer sampling no layer sees another, and what multiplies the decay needs one."""
+        yield self._sampling_problems()
+        yield self._decay_problems()
+
+    def _sampling_problems(self) -> Problems:
         for path, chosen in self.parts() if self.sampling is not None else ():
             if getattr(chosen, "per_layer", True) is False:
                 message = (
                     f"under {self.sampling.name} an update would depend on which layers were drawn beside it; leave it true"
                 )
                 yield f"{path}.per_layer", message
+
+    def _decay_problems(self) -> Problems:
         decay, roles = getattr(self.direction, "weight_decay", None), getattr(self.direction, "decay_roles", ("matrix",))
         if getattr(self.layerwise, "of_decay", False) and decay is not None and (not decay or "matrix" not in roles):
             name, wanted = ("decay_roles", "name 'matrix' there") if decay else ("weight_decay", "set it above 0")

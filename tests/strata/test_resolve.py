@@ -119,6 +119,51 @@ def test_combinations_are_not_checked_against_stand_ins_for_wrong_values():
     assert set(problems(House, {"wall": {"height": 0.5, "paint": {"layers": 99}}})) == {"wall.paint.layers"}
 
 
+@options
+class Street:
+    """A street."""
+
+    houses: int = option(2, "on each side", least=1)
+    lamps: int = option(4, "in all", least=0)
+    trees: int = option(0, "in all", least=0)
+    first: House = section(House, "the corner")
+
+    def problems(self):
+        """Three checks, each of which reads other fields."""
+        yield self.of_lamps()
+        yield self.of_trees()
+        if self.first.number > self.houses:
+            yield "first.number", "there are not so many houses"
+
+    def of_lamps(self):
+        """Reads houses first, so that everything after it waits when that is wrong."""
+        if self.houses > self.lamps:
+            yield "lamps", "every house has a lamp"
+        if self.lamps > 8:
+            yield "lamps", "too bright"
+
+    def of_trees(self):
+        """Reads the trees alone."""
+        if self.trees == 13:
+            yield "trees", "an unlucky number"
+
+
+def test_a_wrong_value_holds_back_the_checks_that_read_it_and_no_other():
+    assert set(problems(Street, {"houses": 9, "trees": 13})) == {"lamps", "trees"}
+    assert set(problems(Street, {"houses": "x", "trees": 13, "lamps": 99})) == {"houses", "trees"}
+    assert set(problems(Street, {"lamps": -1, "trees": 13, "first": {"number": 5}})) == {"lamps", "trees", "first.number"}
+
+
+def test_a_section_with_a_wrong_value_is_asked_for_its_right_ones():
+    tree = {"first": {"number": 5, "wall": {"height": 0.0}}}
+    assert set(problems(Street, tree)) == {"first.number", "first.wall.height"}
+
+
+def test_nothing_is_built_of_options_with_a_problem():
+    value, found = resolve(Street, {"houses": "x"})
+    assert value is None and len(found.problems) == 1
+
+
 def test_whoever_holds_an_impossible_combination_is_not_asked_about_it():
     assert set(problems(House, {"wall": {"height": 1.5}})) == {"wall.height"}
 

@@ -115,6 +115,20 @@ def test_every_mistake_is_listed(write):
     assert text.startswith("4 problems")
 
 
+def test_combinations_are_checked_beside_wrong_values_that_they_do_not_read(write):
+    text = fails(
+        write(BASE), ("train.steps", "1.5"), ("model.logit_softcap", "-1"), ("model.heads", "7"), ("data.batch_size", "7"),
+        ("train.accumulation", "2"), ("log.profile", "1,2,3"), ("evaluate.every", "x"), ("mesh.tensor", "x"),
+        ("evaluate.batch_size", "3"), ("mesh.data", "2"),
+    )  # fmt: skip
+    assert text.startswith("8 problems")
+    for path in (
+        "train.steps", "model.logit_softcap", "model.heads", "train.accumulation", "log.profile", "evaluate.every", "mesh.tensor",
+        "evaluate.batch_size",
+    ):  # fmt: skip
+        assert f"  {path} = " in text, path
+
+
 def test_choosing_another_component_says_what_no_longer_applies(write):
     loaded = load(write(BASE), [("optimizer.direction.name", "muon")])
     assert loaded.config.optimizer.direction.name == "muon"
