@@ -123,8 +123,8 @@ def test_combinations_are_checked_beside_wrong_values_that_they_do_not_read(writ
     )  # fmt: skip
     assert text.startswith("8 problems")
     for path in (
-        "train.steps", "model.logit_softcap", "model.heads", "train.accumulation", "log.profile", "evaluate.every", "mesh.tensor",
-        "evaluate.batch_size",
+        "train.steps", "model.logit_softcap", "model.heads", "train.accumulation", "log.profile", "evaluate.every",
+        "mesh.tensor", "evaluate.batch_size",
     ):  # fmt: skip
         assert f"  {path} = " in text, path
 
