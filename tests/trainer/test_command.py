@@ -148,9 +148,9 @@ def until(child: subprocess.Popen, happened: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def kill(place: Path, run: Path, happened: Callable[[], bool], after: float) -> bool:
+def kill(place: Path, run: Path, happened: Callable[[], bool], after: float, *arguments: object, **variables: str) -> bool:
     """Start, wait, `kill -9`; whether the process was still there to be killed."""
-    child = begin(place, "--config", "small.py", "--workdir", run)
+    child = begin(place, "--config", "small.py", "--workdir", run, *arguments, **variables)
     until(child, happened)
     time.sleep(after)
     child.kill()
@@ -173,6 +173,20 @@ def check_kills(place: Path, run: Path, whole: Path, chance: random.Random, coun
 
 def test_kill_9_again_and_again_changes_neither_a_metric_nor_a_bit(place, whole, tmp_path):
     check_kills(place, tmp_path / "run", whole[0], random.Random(0), 5)
+
+
+def test_kill_9_changes_no_bit_where_xla_optimises_and_splits_work_for_threads_as_it_does_for_users(place, tmp_path):
+    """Every other test runs with the flags of tests/conftest.py, under which a step is another program."""
+    flags = {"XLA_FLAGS": ""}
+    changes = ("model.width=128", "model.layers=3", "data.sequence_length=64", "train.accumulation=2", "train.steps=60")
+    changes = [f"--config.{change}" for change in (*changes, "optimizer.direction.name=muon")]
+    for run in (tmp_path / "whole", tmp_path / "killed"):
+        if run.name == "killed":
+            for steps in (15, 41):
+                assert kill(place, run, lambda steps=steps: rows_in(run) >= steps, 0.01, *changes, **flags)
+        code, _, err = command(place, "--config", "small.py", "--workdir", run, *changes, **flags)
+        assert code == 0 and ("resuming   after step" in err) == (run.name == "killed"), err
+    assert same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.slow
