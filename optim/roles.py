@@ -126,9 +126,14 @@ def _fault_of_layers(axes: Any, shape: tuple[int, ...], positions: Any, split: t
     return None
 
 
-def depth_of(declared: Mapping[str, Parameter]) -> int:
-    """Number of layers of the model, by the places that its parameters declare; at least 1."""
-    return max((parameter.positions[-1] + 1 for parameter in declared.values() if parameter.positions), default=1)
+def depth_of(declared: Mapping[str, Parameter], role: str | None = None) -> int:
+    """Number of layers of the model, by the places that its parameters declare; at least 1.
+
+    With `role`, of those of that role alone: blocks that loops share have as many places as there are blocks, and their
+    adapters as many as layers are executed.
+    """
+    chosen = (parameter for parameter in declared.values() if role in (None, parameter.role) and parameter.positions)
+    return max((parameter.positions[-1] + 1 for parameter in chosen), default=1)
 
 
 def path_of(keys: tuple[Any, ...]) -> str:

@@ -91,7 +91,8 @@ def assign(rules: tuple[Rule, ...], declared: Mapping[str, Parameter]) -> dict[s
     """The one rule of each parameter by path.
 
     Raises:
-      ConfigError: naming every parameter that no rule or several rules cover, and every first rule that covers none.
+      ConfigError: naming every parameter that no rule or several rules cover, a first rule that covers none, and every role
+        whose weight decay reaches no parameter.
     """
     chosen: dict[str, Rule] = {}
     problems: list[Problem] = []
@@ -105,6 +106,7 @@ def assign(rules: tuple[Rule, ...], declared: Mapping[str, Parameter]) -> dict[s
         else:
             names = " and ".join(repr(rule.name) for rule in fits)
             problems.append(Problem(path, f"role {parameter.role!r} is covered by the rules {names}", has_value=False))
+    problems += _idle_decay(rules, chosen, declared) if not problems else []
     # A model may consist of matrices alone, but a direction chosen for matrices that meets none is a mistake.
     if not problems and rules[0] not in chosen.values():
         roles = ", ".join(rules[0].roles)
@@ -113,6 +115,18 @@ def assign(rules: tuple[Rule, ...], declared: Mapping[str, Parameter]) -> dict[s
     if problems:
         raise ConfigError(problems, source="the assignment of optimizer rules to parameters")
     return chosen
+
+
+def _idle_decay(rules: tuple[Rule, ...], chosen: Mapping[str, Rule], declared: Mapping[str, Parameter]) -> list[Problem]:
+    """Roles that are to be decayed and are no parameter's."""
+    decayed = {declared[path].role for path, rule in chosen.items() if rule.decay_of(declared[path])}
+    # "matrix" is the default, which a model without any has not asked for.
+    asked = dict.fromkeys(role for rule in rules if rule.weight_decay for role in rule.decay_roles if role != "matrix")
+    message = "weight decay of role {!r} reaches no parameter: decayed are those of role {}"
+    found = ", ".join(sorted(decayed)) or "none"
+    return [
+        Problem("optimizer.direction", message.format(role, found), has_value=False) for role in asked if role not in decayed
+    ]
 
 
 def assignment(optimizer_config: Optimizer | Mapping[str, Any] | Any, model: nnx.Module | nnx.State) -> list[Assignment]:

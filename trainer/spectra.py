@@ -86,7 +86,7 @@ def measure(run_dir: str | Path, last: int = 1, kinds: Sequence[str] = (), until
 
     directory = Path(run_dir)
     declared = roles.parameters(runs.load(directory).model)
-    kind_of, depth = kinds_of(declared, kinds, "--kinds"), roles.depth_of(declared)
+    kind_of, depth = kinds_of(declared, kinds, "--kinds"), roles.depth_of(declared, "matrix")
     checkpointer = Checkpointer(directory / "checkpoints")
     logs: dict[Key, list[float]] = {}
     try:

@@ -46,9 +46,13 @@ def blocks_of(tree: Any, splits: Mapping[str, tuple[int, ...]]) -> Blocks:
         if len(sizes) < 2:
             found[path] = leaf
         else:
-            parts = jnp.split(leaf, np.cumsum(sizes)[:-1], axis=-1)
-            found |= {f"{path}[{i}]": part for i, part in enumerate(parts)}
+            found |= {f"{path}[{i}]": part for i, part in enumerate(split_last(leaf, sizes))}
     return found
+
+
+def split_last(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """Consecutive blocks of the last axis."""
+    return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
 def joined(tree: Any, matrices: Blocks, splits: Mapping[str, tuple[int, ...]]) -> Any:

@@ -49,7 +49,7 @@ def predicted_choices(chosen: options.Predicted, model: Mapping[str, Parameter])
     """
     kinds = kinds_of(model, chosen.kinds, "optimizer.direction.newton_schulz.kinds")
     size = chosen.model_size or sum(math.prod(parameter.shape) for parameter in model.values())
-    depth, known = depth_of(model), laws(chosen.laws)
+    depth, known = depth_of(model, "matrix"), laws(chosen.laws)
     for path, kind in kinds.items():
         if (kind, "mid") not in known:
             raise ConfigError([Problem(path, f"no law for matrices of kind {kind!r}")], source="the laws of spectra")

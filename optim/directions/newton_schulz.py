@@ -129,8 +129,8 @@ def newton_schulz(
     On CPU the leading axes run one matrix at a time, elsewhere as one batch: XLA:CPU runs batched products slower than plain
     ones. Under `jax.vmap` the batch stays a batch on every device.
 
-    On the mesh in use (`jax.set_mesh`) whole matrices are shared out over as many devices as divide their number: left to
-    itself the compiler gathers every matrix on every device, since each product needs all of one.
+    On the mesh in use (`jax.set_mesh`) whole matrices are shared out over the devices, filled up with zeros where their number
+    does not divide: left to itself the compiler gathers every matrix on every device, since each product needs all of one.
     """
     chosen = polynomials(coefficients, steps)
     if x.ndim < 2:
@@ -163,6 +163,8 @@ def newton_schulz(
         axes = _axes_that_share(len(matrices))
         if not axes:
             return each(matrices).reshape(x.shape)
+        count = len(matrices)
+        matrices = jnp.pad(matrices, ((0, -count % _devices(axes)), (0, 0), (0, 0)))
         # One mesh axis at a time, there and back: moving two at once, the compiler would gather everything after all.
         for i in range(1, len(axes)):
             matrices = _over(matrices, axes[:i])
@@ -170,7 +172,7 @@ def newton_schulz(
         done = jax.shard_map(each, in_specs=spec, out_specs=spec, check_vma=False)(matrices)
         for i in range(len(axes) - 1, 0, -1):
             done = _over(done, axes[:i])
-        return done.reshape(x.shape)
+        return done[:count].reshape(x.shape)
 
 
 def _over(matrices: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -180,17 +182,17 @@ def _over(matrices: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _axes_that_share(count: int) -> tuple[str, ...]:
-    """The axes of the mesh in use whose devices share out `count` matrices evenly, as many devices as possible; () if none."""
+    """The axes of the mesh in use over whose devices `count` matrices are shared out: fewest a device, then fewest devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return ()
-    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in WHOLE_OVER}
-
-    def devices(names: tuple[str, ...]) -> int:
-        return math.prod(sizes[name] for name in names)
-
+    sizes = [name for name, size in mesh.shape.items() if size > 1 and name not in WHOLE_OVER]
     choices = (names for number in range(len(sizes) + 1) for names in itertools.combinations(sizes, number))
-    return max((names for names in choices if count % devices(names) == 0), key=devices) if count else ()
+    return min(choices, key=lambda names: (-(-count // _devices(names)), _devices(names)))
+
+
+def _devices(axes: tuple[str, ...]) -> int:
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes)
 
 
 def newton_schulz_leaves(

@@ -103,7 +103,7 @@ def assign(alpha: jax.Array, chosen: Any) -> jax.Array:
 
 
 def _matrices(chosen: Any, declared: Mapping[str, Parameter], ends: bool) -> Matrices:
-    depth, rows, places = depth_of(declared), {}, []
+    depth, rows, places = depth_of(declared, "matrix"), {}, []
     for path, parameter in declared.items():
         sizes = parameter.split or (parameter.shape[-1],) if parameter.shape else ()
         if parameter.role != "matrix" or min(parameter.shape[-2], *sizes) < chosen.smallest:

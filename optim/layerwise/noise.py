@@ -73,7 +73,11 @@ def lanton(chosen: options.LANTON, declared: Mapping[str, Parameter], groups: An
         with jax.named_scope("gradient_noise"):
             return {
                 path: dual_norm(
-                    difference[path], norm_of(declared[path].role), stacked=declared[path].stacked, nuclear=chosen.nuclear
+                    difference[path],
+                    norm_of(declared[path].role),
+                    stacked=declared[path].stacked,
+                    split=declared[path].split,
+                    nuclear=chosen.nuclear,
                 )
                 ** 2
                 for path in paths

@@ -218,6 +218,33 @@ def test_nuclear_norms_by_newton_schulz_are_a_little_low_and_the_bound_is_high()
         assert 0.8 < low / exact < 0.9 and 1.0 < high / exact < 1.2
 
 
+def test_blocks_of_a_matrix_have_norms_of_their_own_under_lmo():
+    """Fused projections move as separate ones would, and so does the dual norm that LANTON measures."""
+    parts = [jax.random.normal(jax.random.key(i), (2, 6, n)) for i, n in enumerate((4, 9))]
+    whole, split = jnp.concatenate(parts, axis=-1), (4, 9)
+
+    class Fused(nnx.Module):
+        def __init__(self):
+            self.qk = nnx.Param(whole, role="matrix", axes=("layer", "embed", "heads"), split=split)
+
+    config = {"direction": {"name": "lmo", "learning_rate": 1.0, "weight_decay": 0.0}, "schedule": constant, "clip_norm": None}
+    tx, params = optim.build(config, Fused()), {"qk": whole}
+    moved, _ = tx.update(params, tx.init(params), params)
+    apart = jnp.concatenate([direction_of(part, "spectral", stacked=True) for part in parts], axis=-1)
+    np.testing.assert_allclose(moved["qk"], -apart, atol=1e-6)
+    assert np.max(np.abs(apart - direction_of(whole, "spectral", stacked=True))) > 0.1
+    norms = [dual_norm(part, "spectral", stacked=True) for part in parts]
+    np.testing.assert_allclose(dual_norm(whole, "spectral", stacked=True, split=split), sum(norms), rtol=1e-6)
+
+    noisy = {"direction": {"name": "lmo"}, "layerwise": {"name": "lanton", "interval": 1, "nuclear": "exact"}}
+    tx = optim.build(noisy | {"schedule": constant, "clip_norm": None}, Fused())
+    state = tx.init(params)
+    for sign in (1, -1):
+        _, state = tx.update({"qk": sign * whole}, state, params)
+    b2 = optim.options.LANTON().b2
+    np.testing.assert_allclose(state.layerwise.inner.noise["qk"], (1 - b2) * (2 * sum(norms)) ** 2, rtol=1e-5)
+
+
 def test_every_role_has_its_norm_under_lmo(model, params, gradients):
     config = {"direction": {"name": "lmo", "learning_rate": 1.0, "table_learning_rate": 2.0, "vector_learning_rate": 3.0}}
     tx = optim.build({**config, "schedule": constant}, model)

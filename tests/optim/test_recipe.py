@@ -57,6 +57,18 @@ def test_a_decay_of_the_rest_that_reaches_no_parameter_is_refused(model):
         assert all(row.weight_decay == 0 for row in optim.assignment(rest(**fields), model))
 
 
+def test_a_decayed_role_that_no_parameter_has_is_refused(model):
+    """Role factor is that of low-rank factors, of which this model has none."""
+    for direction in ("adamw", "sgd", "lmo"):
+        config = {"direction": {"name": direction, "weight_decay": 0.1, "decay_roles": ["matrix", "factor"]}}
+        with pytest.raises(
+            ConfigError, match=r"weight decay of role 'factor' reaches no parameter: decayed are those of role matrix"
+        ):
+            optim.build(config | {"schedule": constant}, model)
+        config["direction"]["weight_decay"] = 0.0
+        optim.build(config | {"schedule": constant}, model)
+
+
 def test_matrices_move_by_muon_and_the_rest_by_adamw(model, params, gradients):
     config = {"direction": {"name": "muon", "weight_decay": 0.05}, "schedule": constant, "clip_norm": None}
     found, state = run(optim.build(config, model), params, gradients)

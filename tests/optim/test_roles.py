@@ -118,6 +118,19 @@ def test_places_of_layers_are_counted_from_zero_unless_declared(model):
     assert declared["up"].positions == (3, 7) and roles.depth_of(declared) == 8 and declared["up"].split == (2, 4)
 
 
+def test_adapters_of_executed_layers_do_not_move_the_depth_of_the_blocks_that_loops_share():
+    """Laws by depth and `ends` are the same with adapters and without."""
+    up = nnx.Param(jnp.ones((2, 8, 12)), role="matrix", axes=("layer", "embed", "mlp"))
+    low = nnx.Param(jnp.ones((4, 8, 1)), role="factor", axes=("layer", "embed", "rank"))
+    alone, looped = (roles.parameters(bag) for bag in (Bag(up=up), Bag(up=up, low=low)))
+    assert roles.depth_of(looped) == 4 and roles.depth_of(looped, "matrix") == roles.depth_of(alone, "matrix") == 2
+    rate = {"name": "temp_balance", "smallest": 2, "ends": False}
+    config = {"direction": {"name": "muon"}, "layerwise": rate, "schedule": {"name": "constant"}}
+    for bag in (Bag(up=up), Bag(up=up, low=low)):  # both layers are ends: none is left
+        with pytest.raises(ConfigError, match="no matrix has 2 singular values and takes part"):
+            optim.build(config, bag)
+
+
 def factors(**metadata) -> Bag:
     return Bag(
         weight=nnx.Param(jnp.ones((4, 6)), role="matrix", axes=("embed", "mlp")),

@@ -84,6 +84,10 @@ def share_out() -> None:
         ((1, 2, 4), 2, "fsdp", "tensor", 2),
         ((2, 2, 2), 4, "fsdp", "tensor", 4),
         ((1, 8, 1), 8, "fsdp", None, 8),
+        ((1, 8, 1), 12, "fsdp", None, 6),
+        ((1, 2, 4), 6, "fsdp", "tensor", 6),
+        ((1, 2, 4), 3, "tensor", "fsdp", 3),
+        ((1, 8, 1), 3, None, "fsdp", 3),
     ):
         mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
         place = NamedSharding(mesh, PartitionSpec(None, rows, columns))
