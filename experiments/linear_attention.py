@@ -43,8 +43,6 @@ def recall_arms() -> list[Arm]:
     for pairs in PAIRS:
         for name, mixer in MIXERS.items():
             headline = pairs == MAIN and name in HEADLINE
-            if pairs != MAIN and name not in (*HEADLINE, "gated_delta_net"):
-                continue
             changes = {"model.mixer": mixer, "data.pairs": pairs}
             how = {"by_scale": {"smoke": {"data.pairs": pairs // 4}}, "scales": RECALL, "minutes": {"laptop": 1.2}}
             tune = Tuning(space=axis(RATE, [0.01, 0.02, 0.04]), scales=["laptop"]) if pairs == MAIN else None
