@@ -17,6 +17,9 @@ CASES = {
     "sequential": {"layers": 2},
     "peri": {"layers": 2, "placement": {"name": "peri"}},
     "recursive": {"layers": 4, "depth": {"name": "recursive", "loops": 2, "rank": 1}},
+    "mhc": {"layers": 2, "placement": {"name": "mhc", "streams": 2}},
+    "mix": {"layers": 2, "placement": {"name": "mix", "alpha": 0.5}},
+    "hybrid": {"layers": 3, "mixer": {"name": "hybrid", "pattern": [{"name": "gated_delta_net"}, {"name": "attention"}]}},
     "layer_parallel": {"layers": 3, "depth": {"name": "layer_parallel", "layers": 2, "sweeps": 1}},
 }
 
