@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import models
 from models import sharding
 from models.construct import parameter_shardings
 
@@ -47,6 +48,27 @@ def test_as_many_sweeps_as_layers_are_the_sequential_hybrid(awake, tokens, patte
     sequential, parallel = jitted(awake(hybrid(pattern)), both)(tokens(2, 9))
     assert np.ptp(sequential) > 0.1
     np.testing.assert_allclose(parallel, sequential, atol=1e-4)
+
+
+def test_every_mixer_has_the_same_gradients_scanned_and_recomputed_as_written_out(awake, tokens):
+    """One stack of all of them, each twice, so that there is something to scan over."""
+    every = [mixer for pattern in HYBRIDS.values() for mixer in pattern] + ["gated_delta_net"]
+    rows, segments = tokens(2, 9), jnp.array([[1] * 4 + [2] * 5, [1] * 9])
+
+    def gradients(unroll: bool, remat: str):
+        config = hybrid(every, depth={"name": "sequential", "unroll": unroll}) | {"layers": 2 * len(every)}
+        model = awake(config, remat=remat)
+        graph, state = nnx.split(model)
+
+        def nats(state):
+            h, _ = nnx.merge(graph, state).hidden(rows, segment_ids=segments)
+            return models.cross_entropy(h, model.output_kernel(), rows[:, ::-1], jnp.ones(rows.shape))[0]
+
+        return jax.jit(jax.grad(nats))(state)
+
+    plain, scanned = gradients(True, "none"), gradients(False, "full")
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(scanned), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-4 * np.abs(one).max(), err_msg=jax.tree_util.keystr(path))
 
 
 def test_states_after_layer_parallel_steps_are_those_of_the_sequential_model(awake, tokens):
