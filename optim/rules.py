@@ -91,8 +91,8 @@ def assign(rules: tuple[Rule, ...], declared: Mapping[str, Parameter]) -> dict[s
     """The one rule of each parameter by path.
 
     Raises:
-      ConfigError: naming every parameter that no rule or several rules cover, a first rule that covers none, and every role
-        whose weight decay reaches no parameter.
+      ConfigError: naming every parameter that no rule or several rules cover, a first rule that covers none, and every weight
+        decay that reaches none (of matrices, the default, excepted).
     """
     chosen: dict[str, Rule] = {}
     problems: list[Problem] = []
@@ -106,27 +106,30 @@ def assign(rules: tuple[Rule, ...], declared: Mapping[str, Parameter]) -> dict[s
         else:
             names = " and ".join(repr(rule.name) for rule in fits)
             problems.append(Problem(path, f"role {parameter.role!r} is covered by the rules {names}", has_value=False))
-    problems += _idle_decay(rules, chosen, declared) if not problems else []
     # A model may consist of matrices alone, but a direction chosen for matrices that meets none is a mistake.
     if not problems and rules[0] not in chosen.values():
         roles = ", ".join(rules[0].roles)
         message = f"rule {rules[0].name!r} matches no parameter: the model has none of role {roles}"
         problems.append(Problem("optimizer.direction", message, has_value=False))
+    problems += _idle_decays(rules, chosen, declared)
     if problems:
         raise ConfigError(problems, source="the assignment of optimizer rules to parameters")
     return chosen
 
 
-def _idle_decay(rules: tuple[Rule, ...], chosen: Mapping[str, Rule], declared: Mapping[str, Parameter]) -> list[Problem]:
-    """Roles that are to be decayed and are no parameter's."""
-    decayed = {declared[path].role for path, rule in chosen.items() if rule.decay_of(declared[path])}
-    # "matrix" is the default, which a model without any has not asked for.
-    asked = dict.fromkeys(role for rule in rules if rule.weight_decay for role in rule.decay_roles if role != "matrix")
-    message = "weight decay of role {!r} reaches no parameter: decayed are those of role {}"
-    found = ", ".join(sorted(decayed)) or "none"
-    return [
-        Problem("optimizer.direction", message.format(role, found), has_value=False) for role in asked if role not in decayed
-    ]
+def _idle_decays(rules: tuple[Rule, ...], chosen: Mapping[str, Rule], declared: Mapping[str, Parameter]) -> list[Problem]:
+    """Weight decays of which none of the roles that were asked for is a parameter's."""
+    reached = {(rule.decay_roles, rule.decay_of(declared[path])) for path, rule in chosen.items()}
+    problems: dict[str, Problem] = {}
+    for rule in rules:
+        # The default, matrices, is not something that was asked for.
+        if rule.weight_decay and rule.decay_roles != ("matrix",) and (rule.decay_roles, rule.weight_decay) not in reached:
+            path = f"optimizer.direction{'.rest' if rule.name.startswith('rest') else ''}.decay_roles"
+            message = (
+                f"the weight decay of {rule.weight_decay:g} reaches no parameter: no one that it could reach has such a role"
+            )
+            problems[path] = Problem(path, message, list(rule.decay_roles))
+    return list(problems.values())
 
 
 def assignment(optimizer_config: Optimizer | Mapping[str, Any] | Any, model: nnx.Module | nnx.State) -> list[Assignment]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from strata import registry
@@ -62,7 +62,7 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
         if missing and len(found.problems) > before:
             broken.add(name)
     value, before = _without(cls, values, broken), len(found.problems)
-    for name, message in _checked(value.problems()) if hasattr(value, "problems") else ():
+    for name, message in _checked(value.problems) if hasattr(value, "problems") else ():
         where = ".".join(filter(None, [path, name]))
         shown, known = _value_at(value, name)
         found.problems.append(Problem(where, message, shown, known, defined_in(cls, name.partition(".")[0] or None)))
@@ -70,37 +70,44 @@ def _section(cls: type, tree: Any, path: str, found: Resolution, ignore: tuple[s
     return value if len(found.problems) == before else None
 
 
-class Waits(Exception):
-    """A check read a field that has a problem of its own: what it would say of a stand-in is about nothing that was written."""
+class Waits(BaseException):
+    """A check read a field that has a problem of its own: what it would say of a stand-in is about nothing that was written.
+
+    No `Exception`, which a check may catch for reasons of its own.
+    """
 
 
 def _without(cls: type, values: Mapping[str, Any], broken: set[str]) -> Any:
-    """An instance of `cls` whose `broken` fields raise `Waits` when they are read."""
-    value = cls(**{name: item for name, item in values.items() if name not in broken})
-    if broken:
+    """An instance of `cls` whose `broken` fields raise `Waits` when they are read; it equals itself alone."""
+    if not broken:
+        return cls(**values)
 
-        def read(self, name):
-            if name in broken:
-                raise Waits(name)
-            return cls.__getattribute__(self, name)
+    def read(self, name):
+        if name in broken:
+            raise Waits(name)
+        return object.__getattribute__(self, name)
 
-        object.__setattr__(value, "__class__", type(cls.__name__, (cls,), {"__getattribute__": read}))
+    own = {"__getattribute__": read, "__hash__": object.__hash__, "__eq__": object.__eq__, "__repr__": object.__repr__}
+    value = object.__new__(type(cls.__name__, (cls,), own))
+    for name in values.keys() - broken:
+        object.__setattr__(value, name, values[name])
     return value
 
 
-def _checked(checks: Iterator) -> Iterator[tuple[str, str]]:
-    """What `problems()` yields, each iterator in it as a check of its own; a check ends where it would have to wait."""
+def _checked(check: Callable[[], Iterable]) -> Iterator[tuple[str, str]]:
+    """What `problems` gives, each iterator in it as a check of its own; a check ends where it would have to wait."""
     try:
-        for item in checks:
-            if isinstance(item, tuple):
-                yield item
+        for item in check():
+            if isinstance(item, Iterator):
+                yield from _checked(lambda item=item: item)
             else:
-                yield from _checked(item)
+                yield item
     except Waits:
         return
 
 
 def _value_at(value: Any, name: str) -> tuple[Any, bool]:
+    """What to show of a field, and whether to: no options objects, and nothing that has a problem of its own."""
     try:
         for step in filter(None, name.split(".")):
             if not hasattr(value, step):
@@ -108,7 +115,8 @@ def _value_at(value: Any, name: str) -> tuple[Any, bool]:
             value = getattr(value, step)
     except Waits:
         return None, False
-    return value, bool(name) and not dataclasses.is_dataclass(value)
+    held = value if isinstance(value, tuple) else (value,)
+    return value, bool(name) and not any(dataclasses.is_dataclass(item) for item in held)
 
 
 def _leaf(cls, field, declared: Declared, hint: Any, raw: Any, where: str, found: Resolution) -> Any:

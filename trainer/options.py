@@ -134,14 +134,15 @@ class Mesh:
     fsdp: int = option(1, "parts that parameters and batch are split into (ZeRO-3)", least=-1)
     tensor: int = option(1, "parts that heads and hidden units are split into", least=-1)
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[tuple[str, str] | Problems]:
         """At most one axis may be left open, and none may be empty."""
-        axes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        for name, size in axes.items():
-            if size == 0:
-                yield name, "a mesh axis has at least one device (or -1: all that are left)"
-        if list(axes.values()).count(-1) > 1:
+        yield from (self._size_problems(name) for name in ("data", "fsdp", "tensor"))
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
             yield "", "only one mesh axis can be -1"
+
+    def _size_problems(self, name: str) -> Problems:
+        if getattr(self, name) == 0:
+            yield name, "a mesh axis has at least one device (or -1: all that are left)"
 
 
 @options
@@ -197,7 +198,11 @@ class Config:
         yield self._length_problems()
         yield self._branch_problems()
         yield self._conversion_problems()
-        yield ((f"optimizer.{name}", message) for name, message in self.optimizer.problems_over(self.train.steps))
+        yield self._optimizer_problems()
+
+    def _optimizer_problems(self) -> Iterator[Problems]:
+        for check in self.optimizer.problems_over(self.train.steps):
+            yield ((f"optimizer.{name}", message) for name, message in check)
 
     def _batch_problems(self) -> Problems:
         size, parts = self.data.batch_size, self.train.accumulation

@@ -100,10 +100,16 @@ class LinearMixer:
         total = 3.0 * (value_heads * forward + 2 * self.convolution * channels)
         return total, total
 
-    def problems(self) -> Iterator[tuple[str, str]]:
+    def problems(self) -> Iterator[Iterator[tuple[str, str]]]:
         """A convolution has at least two taps; chunks are halved until single rows are left."""
+        yield self._convolution_problems()
+        yield self._chunk_problems()
+
+    def _convolution_problems(self) -> Iterator[tuple[str, str]]:
         if self.convolution == 1:
             yield "convolution", "one tap is a gain; give 0 for none, or at least 2"
+
+    def _chunk_problems(self) -> Iterator[tuple[str, str]]:
         if self.chunk_size is not None and self.chunk_size & (self.chunk_size - 1):
             yield "chunk_size", f"a chunk holds a power of two of tokens, not {self.chunk_size}"
 

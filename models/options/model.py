@@ -112,13 +112,14 @@ class Model:
 
     def problems(self) -> Iterator[tuple[str, str] | Problems]:
         """Combinations of sizes and parts that cannot work."""
-        yield self._size_problems()
+        yield self._head_problems()
+        yield self._key_head_problems()
         yield self._part_problems()
 
     def _part_problems(self) -> Iterator[tuple[str, str] | Problems]:
         loops = self.depth.loops
-        if any(True for _ in self._size_problems()):  # nothing below is defined then
-            return
+        if any(True for check in (self._head_problems(), self._key_head_problems()) for _ in check):
+            return  # nothing below is defined then
         if self.layers % loops:
             yield "depth.loops", f"{loops} loops do not divide {self.layers} layers"
             return
@@ -141,7 +142,7 @@ class Model:
                 seen.add((where, message))
                 yield where, message
 
-    def _size_problems(self) -> Problems:
+    def _head_problems(self) -> Problems:
         if self.head_size is None and self.width % self.query_heads:
             divisors = [n for n in range(1, self.width + 1) if self.width % n == 0][:12]
             yield (
@@ -150,6 +151,8 @@ class Model:
             )
         elif self.head_units % 2 and any(getattr(layer.mixer, "even_heads", False) for layer in self.plan()):
             yield "head_size", f"rotary positions need an even head size, not {self.head_units} (width / heads)"
+
+    def _key_head_problems(self) -> Problems:
         if self.query_heads % self.key_heads:
             yield "kv_heads", f"{self.key_heads} key-value heads do not divide {self.query_heads} query heads"
 

@@ -85,20 +85,21 @@ class MixLN(_Placement):
             some = "none" if self._count(layers) == 0 else "all"
             yield "alpha", f"of {layers} unique layers it rounds to {some}; give a fraction that leaves both, or exactly 0 or 1"
 
-    def problems(self) -> Iterator[tuple[str, str]]:
+    def problems(self) -> Iterator[Iterator[tuple[str, str]]]:
         """Only placements of one stream around each of two sub-layers can be mixed."""
-        for field in ("first", "rest"):
-            name = getattr(self, field)
-            known = registry.names("model.placement")
-            if name == "parallel":
-                yield field, "Mix-LN moves the norms of two sub-layers, and a parallel block has one norm for both"
-            elif name == "peri":
-                yield field, "peri also normalises the embedding, which is no layer's; take sandwich, which has its sub-layers"
-            elif name not in known or name == "mix":
-                fitting = [n for n in known if n not in ("mix", "parallel", "peri")]
-                yield field, f"expected a placement, one of {', '.join(fitting)}"
-            elif getattr(registry.lookup("model.placement", name), "streams", None) is not None:
-                yield field, f"{name} has several residual streams and cannot be mixed with a placement of one"
+        yield from (self._problems_of(field) for field in ("first", "rest"))
+
+    def _problems_of(self, field: str) -> Iterator[tuple[str, str]]:
+        name, known = getattr(self, field), registry.names("model.placement")
+        if name == "parallel":
+            yield field, "Mix-LN moves the norms of two sub-layers, and a parallel block has one norm for both"
+        elif name == "peri":
+            yield field, "peri also normalises the embedding, which is no layer's; take sandwich, which has its sub-layers"
+        elif name not in known or name == "mix":
+            fitting = [n for n in known if n not in ("mix", "parallel", "peri")]
+            yield field, f"expected a placement, one of {', '.join(fitting)}"
+        elif getattr(registry.lookup("model.placement", name), "streams", None) is not None:
+            yield field, f"{name} has several residual streams and cannot be mixed with a placement of one"
 
 
 def _placement(name: str) -> object:

@@ -129,8 +129,9 @@ def newton_schulz(
     On CPU the leading axes run one matrix at a time, elsewhere as one batch: XLA:CPU runs batched products slower than plain
     ones. Under `jax.vmap` the batch stays a batch on every device.
 
-    On the mesh in use (`jax.set_mesh`) whole matrices are shared out over the devices, filled up with zeros where their number
-    does not divide: left to itself the compiler gathers every matrix on every device, since each product needs all of one.
+    On the mesh in use (`jax.set_mesh`) several matrices are shared out over the devices, whole, and filled up with zeros where
+    their number does not divide: left to itself the compiler gathers every matrix on every device, since each product needs all
+    of one.
     """
     chosen = polynomials(coefficients, steps)
     if x.ndim < 2:

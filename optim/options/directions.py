@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from optim.options.roles import ROLES, Problems
 from strata import option, options, part, register
 
@@ -60,6 +63,10 @@ class Optax:
             yield "transformation", "expected a dotted name, such as optax.scale_by_lion"
 
 
+LEFT_TO_NEWTON_SCHULZ = {"coefficients": "jordan", "iterations": None, "triples": ()}
+"""Fields of `Orthogonalized` that `newton_schulz` stands for, and their defaults."""
+
+
 @options
 class Orthogonalized:
     """Fields of directions that orthogonalise the momentum of matrices."""
@@ -87,23 +94,33 @@ class Orthogonalized:
         """What `optim.newton_schulz` takes as coefficients."""
         return [self.triples[i : i + 3] for i in range(0, len(self.triples), 3)] or self.coefficients
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[Problems]:
         """The rest must be a direction for vectors too, and a list of polynomials has its own length."""
+        yield self._rest_problems()
+        yield self._rest_decay_problems()
+        yield from (self._leftover(name, default) for name, default in LEFT_TO_NEWTON_SCHULZ.items())
+        yield self._length_problems()
+
+    def _rest_problems(self) -> Problems:
         if getattr(self.rest, "matrices_only", False):
             label = {"muon": "Muon", "normuon": "NorMuon"}[self.rest.name]
             yield "rest.name", f"{label} is for matrices; embeddings, heads and norms need another direction, such as adamw"
+
+    def _rest_decay_problems(self) -> Problems:
         decay, roles = getattr(self.rest, "weight_decay", 0), getattr(self.rest, "decay_roles", ROLES)
         # The default, which is for a direction of all parameters, stands for a rest without decay.
-        if decay and decay != type(self.rest)().weight_decay and set(roles) <= {"matrix"}:
+        if decay and decay != type(self.rest).weight_decay and set(roles) <= {"matrix"}:
             yield (
                 "rest.weight_decay",
                 f"it reaches no parameter: rest.decay_roles = {list(roles)}, and matrices have a weight_decay of their own; "
                 "name other roles there, such as ['embedding', 'head'], or leave it out",
             )
-        if self.newton_schulz is not None:
-            for name, default in (("coefficients", "jordan"), ("iterations", None), ("triples", ())):
-                if getattr(self, name) != default:
-                    yield name, f"newton_schulz = {self.newton_schulz.name!r} chooses among its own candidates; leave this out"
+
+    def _leftover(self, name: str, default: Any) -> Problems:
+        if self.newton_schulz is not None and getattr(self, name) != default:
+            yield name, f"newton_schulz = {self.newton_schulz.name!r} chooses among its own candidates; leave this out"
+
+    def _length_problems(self) -> Problems:
         if len(self.triples) % 3:
             yield "triples", f"{len(self.triples)} numbers are no whole number of triples a, b, c"
         elif self.triples:

@@ -9,6 +9,7 @@ from typing import Any
 
 from optim.options.roles import Problems
 from strata import option, options, part
+from strata.options import declaration
 
 
 @options
@@ -33,11 +34,12 @@ class Optimizer:
         yield from ((path, chosen) for path, chosen in self.parts() if type(chosen).kind == "optimizer.schedule")
 
     def problems(self) -> Iterator[Problems]:
-        """Under layer sampling no layer sees another, and what multiplies the decay needs one."""
+        """Parts that do not fit each other."""
         yield self._sampling_problems()
         yield self._decay_problems()
 
     def _sampling_problems(self) -> Problems:
+        """Under layer sampling no layer sees another."""
         for path, chosen in self.parts() if self.sampling is not None else ():
             if getattr(chosen, "per_layer", True) is False:
                 message = (
@@ -46,6 +48,7 @@ class Optimizer:
                 yield f"{path}.per_layer", message
 
     def _decay_problems(self) -> Problems:
+        """What multiplies the decay needs one."""
         decay, roles = getattr(self.direction, "weight_decay", None), getattr(self.direction, "decay_roles", ("matrix",))
         if getattr(self.layerwise, "of_decay", False) and decay is not None and (not decay or "matrix" not in roles):
             name, wanted = ("decay_roles", "name 'matrix' there") if decay else ("weight_decay", "set it above 0")
@@ -63,19 +66,19 @@ class Optimizer:
         """Whether `update` wants `gradient_difference`: the layerwise rate says so by an attribute of this name."""
         return bool(getattr(self.layerwise, "needs_second_gradient", False))
 
-    def problems_over(self, steps: int) -> Problems:
-        """What cannot work in a run of `steps` updates; of its lowest layers as many as are expected under layer sampling."""
-        activity = getattr(self.sampling, "least_activity", 1.0)
-        for path, chosen in self.parts():
-            if hasattr(chosen, "problems_over"):
-                sampled = type(chosen).kind == "optimizer.newton_schulz" and activity < 1
-                for name, message in chosen.problems_over(math.floor(activity * steps + 1e-9) if sampled else steps):
-                    why = (
-                        f"; {self.sampling.name} updates the lowest layers in {activity:.0%} of {steps} steps"
-                        if sampled
-                        else ""
-                    )
-                    yield f"{path}.{name}", message + why
+    def problems_over(self, steps: int) -> Iterator[Problems]:
+        """What cannot work in a run of `steps` updates, a check for each part."""
+        yield from (self._part_over(path, chosen, steps) for path, chosen in self.parts())
+
+    def _part_over(self, path: str, chosen: Any, steps: int) -> Problems:
+        """Of its lowest layers only as many updates are expected under layer sampling."""
+        if not hasattr(chosen, "problems_over"):
+            return
+        why = ""
+        if type(chosen).kind == "optimizer.newton_schulz" and (activity := getattr(self.sampling, "least_activity", 1.0)) < 1:
+            why = f"; {self.sampling.name} updates the lowest layers in {activity:.0%} of {steps} steps"
+            steps = math.floor(activity * steps + 1e-9)
+        yield from ((f"{path}.{name}", message + why) for name, message in chosen.problems_over(steps))
 
     def milestones(self, steps: int) -> dict[int, str]:
         """Updates after which the state is worth keeping under a name, by every schedule of the recipe.
@@ -95,5 +98,5 @@ def _with_inner_parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if getattr(type(value), "kind", None) is None:
         return
     yield path, value
-    for field in dataclasses.fields(value):
+    for field in filter(lambda field: declaration(field).part, dataclasses.fields(value)):
         yield from _with_inner_parts(getattr(value, field.name), f"{path}.{field.name}")

@@ -12,6 +12,7 @@ What a schedule's options may define beside their fields:
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 from optim.options.roles import Problems
 from strata import option, options, register
@@ -229,8 +230,12 @@ class Infinite(Warmup):
         """Only the anneal looks at the end of the run."""
         return self.anneal > 0
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[Problems]:
         """Phases follow each other, and the constant rate is reached by a cooldown."""
+        yield self._rate_problems()
+        yield self._task_problems()
+
+    def _rate_problems(self) -> Problems:
         if self.constant < 1 and not self.cooldown:
             yield (
                 "cooldown",
@@ -239,6 +244,8 @@ class Infinite(Warmup):
             )
         if self.final > self.constant:
             yield "final", f"above the constant fraction of {self.constant:g}"
+
+    def _task_problems(self) -> Problems:
         starts = (0, *self.tasks)
         if any(one >= other for one, other in itertools.pairwise(starts)):
             yield "tasks", "out of order: each must be larger than the one before"

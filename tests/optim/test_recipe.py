@@ -57,16 +57,24 @@ def test_a_decay_of_the_rest_that_reaches_no_parameter_is_refused(model):
         assert all(row.weight_decay == 0 for row in optim.assignment(rest(**fields), model))
 
 
-def test_a_decayed_role_that_no_parameter_has_is_refused(model):
+def test_a_decay_of_roles_that_no_parameter_has_is_refused(model):
     """Role factor is that of low-rank factors, of which this model has none."""
-    for direction in ("adamw", "sgd", "lmo"):
-        config = {"direction": {"name": direction, "weight_decay": 0.1, "decay_roles": ["matrix", "factor"]}}
+    for direction, path in (("adamw", ""), ("sgd", ""), ("lmo", ""), ("muon", "rest.")):
+
+        def config(name=direction, **fields):
+            own = {"name": name, **fields} if name != "muon" else {"name": name, "rest": {"name": "adamw", **fields}}
+            return {"direction": own, "schedule": constant}
+
         with pytest.raises(
-            ConfigError, match=r"weight decay of role 'factor' reaches no parameter: decayed are those of role matrix"
+            ConfigError, match=rf"1 problem .*\n  optimizer\.direction\.{path}decay_roles = \['factor'\]\n.*0\.5 "
         ):
-            optim.build(config | {"schedule": constant}, model)
-        config["direction"]["weight_decay"] = 0.0
-        optim.build(config | {"schedule": constant}, model)
+            optim.build(config(weight_decay=0.5, decay_roles=["factor"]), model)
+        for fields in (
+            {"weight_decay": 0.0, "decay_roles": ["factor"]},
+            {"weight_decay": 0.5, "decay_roles": ["factor", "head"]},
+        ):
+            rows = optim.assignment(config(**fields), model)
+            assert {row.role for row in rows if row.weight_decay == 0.5} == {"head"} & set(fields["decay_roles"])
 
 
 def test_matrices_move_by_muon_and_the_rest_by_adamw(model, params, gradients):

@@ -88,6 +88,7 @@ def share_out() -> None:
         ((1, 2, 4), 6, "fsdp", "tensor", 6),
         ((1, 2, 4), 3, "tensor", "fsdp", 3),
         ((1, 8, 1), 3, None, "fsdp", 3),
+        ((1, 8, 1), 1, "fsdp", None, 1),
     ):
         mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
         place = NamedSharding(mesh, PartitionSpec(None, rows, columns))
@@ -100,7 +101,8 @@ def share_out() -> None:
             program = update.lower(placed, state, placed).compile().as_text()
             moved, _ = update(placed, state, placed)
         np.testing.assert_allclose(moved, alone, atol=2e-6)
-        gathered = re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather\(", program)
+        sent = r"= \(?f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|collective-permute|collective-broadcast)(?:-start)?\("
+        gathered = re.findall(sent, program)
         largest = max((math.prod(int(size) for size in found.split(",")) for found in gathered), default=0)
         assert largest <= (0 if parts == mesh.size // shape[0] else x.size // 2), (shape, layers, rows, gathered)
 

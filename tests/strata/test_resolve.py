@@ -159,6 +159,44 @@ def test_a_section_with_a_wrong_value_is_asked_for_its_right_ones():
     assert set(problems(Street, tree)) == {"first.number", "first.wall.height"}
 
 
+@options
+class Shop:
+    """A shop, whose checks are written in other ways."""
+
+    paints: tuple = parts("test.paint", "on sale")
+    main: object = part("test.paint", "sold out", "not registered anywhere")
+    words: str = option("a", "anything", among=("a", "b"))
+    size: int = option(1, "rooms", least=1)
+    doors: int = option(1, "doors", least=1)
+
+    def problems(self):
+        """No generator; one of its checks catches what it likes, one points at a list of components."""
+        return [self.of_words(), self.of_paints(), *([("size", "too small")] if self.size < self.doors else [])]
+
+    def of_words(self):
+        """Catches every `Exception`."""
+        try:
+            len(self.words)
+        except Exception as error:
+            yield "words", str(error)
+
+    def of_paints(self):
+        """About all of them."""
+        if len(self.paints) > 1:
+            yield "paints", "one is enough"
+
+
+def test_checks_that_wait_cannot_be_caught_shown_or_built_by_accident():
+    tree = {"words": "c", "main": {"name": "gloss"}, "paints": [{"name": "gloss", "layers": 0}, {"name": "matt"}]}
+    assert set(problems(Shop, tree)) == {"words", "paints.0.layers", "paints"}
+    assert set(problems(Shop, {"main": {"name": "gloss"}, "size": 2, "doors": 5})) == {"size"}
+    assert set(problems(Shop, {"main": {"name": "gloss"}, "size": 2, "doors": "x"})) == {"doors"}
+
+
+def test_a_default_that_nobody_registered_is_one_mistake():
+    assert set(problems(Shop, {"doors": 3})) == {"main.name", "size"}
+
+
 def test_nothing_is_built_of_options_with_a_problem():
     value, found = resolve(Street, {"houses": "x"})
     assert value is None and len(found.problems) == 1

@@ -129,6 +129,43 @@ def test_combinations_are_checked_beside_wrong_values_that_they_do_not_read(writ
         assert f"  {path} = " in text, path
 
 
+@pytest.mark.parametrize(
+    ("changes", "paths"),
+    [
+        (
+            {"model.layers": "1",
+             "model.mixer": '{"name": "hybrid", "pattern": [{"name": "attention", "window": "x"}, {"name": "gla"}]}'},
+            ["model.mixer.pattern.0.window", "model.mixer.pattern"],
+        ),
+        (
+            {"model.logit_softcap": "-1", "model.linear.name": "lora", "model.linear.rank": "100000"},
+            ["model.logit_softcap", "model.linear.rank"],
+        ),
+        ({"model.logit_softcap": "-1", "model.width": "12", "model.heads": "4", "model.kv_heads": "3"}, ["model.kv_heads"]),
+        (
+            {"optimizer.schedule.final": "2", "optimizer.direction.name": "muon",
+             "optimizer.direction.newton_schulz.name": "measured", "optimizer.direction.newton_schulz.choose_at": "99999"},
+            ["optimizer.schedule.final", "optimizer.direction.newton_schulz.choose_at"],
+        ),
+        (
+            {"optimizer.direction.name": "muon", "optimizer.direction.rest.b1": "2", "optimizer.direction.coefficients": "you5",
+             "optimizer.direction.iterations": "3"},
+            ["optimizer.direction.rest.b1", "optimizer.direction.iterations"],
+        ),
+        (
+            {"optimizer.direction.learning_rate": "-1", "optimizer.direction.schedule.name": "cosine",
+             "optimizer.direction.schedule.warmup": "9999"},
+            ["optimizer.direction.learning_rate", "optimizer.direction.schedule.warmup"],
+        ),
+        ({"mesh.tensor": "x", "mesh.data": "0"}, ["mesh.tensor", "mesh.data"]),
+    ],
+)  # fmt: skip
+def test_one_mistake_does_not_hide_another(write, changes, paths):
+    text = fails(write(BASE), *changes.items())
+    for path in paths:
+        assert f"\n  {path} = " in text or f"\n  {path}\n" in text, text
+
+
 def test_choosing_another_component_says_what_no_longer_applies(write):
     loaded = load(write(BASE), [("optimizer.direction.name", "muon")])
     assert loaded.config.optimizer.direction.name == "muon"
