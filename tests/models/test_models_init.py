@@ -17,6 +17,7 @@ from models import options
 from models.block import Block
 from models.layers.parameter import parameter
 from models.stack import stacked
+from strata import resolve
 
 
 def same_bits(a: dict, b: dict) -> bool:
@@ -184,8 +185,8 @@ def test_a_parameter_with_an_unknown_role_or_axis_is_refused(role, axes):
 
 def test_derived_sizes_keep_any_even_width_valid():
     for width in range(2, 700, 2):
-        option = options.Model(width=width)
-        assert list(option.problems()) == [], width
+        option, found = resolve(options.Model, {"width": width})
+        assert not found.problems, width
         assert option.query_heads * option.head_units == width
         assert option.head_units % 2 == 0
     assert [options.Model(width=width).query_heads for width in (32, 64, 128, 768, 2048)] == [1, 1, 2, 12, 32]

@@ -245,7 +245,8 @@ def test_a_run_that_a_schedule_does_not_fit_is_refused(schedule, steps, sentence
 def test_every_schedule_of_a_recipe_is_checked_against_the_run():
     own = {"name": "muon", "schedule": {"name": "cosine", "warmup": 50}, "rest": {"schedule": {"name": "linear", "warmup": 60}}}
     options, _ = resolve(Optimizer, {"direction": own, "schedule": {"name": "constant"}})
-    assert [path for path, _ in options.problems_over(40)] == ["direction.rest.schedule.warmup", "direction.schedule.warmup"]
+    found = [path for check in options.problems_over(40) for path, _ in check]
+    assert found == ["direction.rest.schedule.warmup", "direction.schedule.warmup"]
     assert options.depends_on_steps and not resolve(Optimizer, {"schedule": {"name": "constant"}})[0].depends_on_steps
 
 
@@ -262,7 +263,7 @@ def test_budgets_of_a_groups_own_schedule_name_checkpoints_too():
     assert recipe({"name": "constant"}, matrix=budgets, rest=budgets).milestones(20) == names
     assert recipe(budgets).milestones(20) == names
     assert recipe({"name": "wsd", "decay": 0.25}, rest=budgets).milestones(20) == names | {15: "stable"}
-    assert not list(recipe(budgets, matrix=budgets).problems_over(20))
+    assert not [problem for check in recipe(budgets, matrix=budgets).problems_over(20) for problem in check]
 
 
 def test_two_schedules_with_one_name_for_two_steps_are_told_apart():

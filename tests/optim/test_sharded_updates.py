@@ -88,7 +88,6 @@ def share_out() -> None:
         ((1, 2, 4), 6, "fsdp", "tensor", 6),
         ((1, 2, 4), 3, "tensor", "fsdp", 3),
         ((1, 8, 1), 3, None, "fsdp", 3),
-        ((1, 8, 1), 1, "fsdp", None, 1),
     ):
         mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
         place = NamedSharding(mesh, PartitionSpec(None, rows, columns))

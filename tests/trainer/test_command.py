@@ -178,13 +178,12 @@ def test_kill_9_again_and_again_changes_neither_a_metric_nor_a_bit(place, whole,
 def test_kill_9_changes_no_bit_where_xla_optimises_and_splits_work_for_threads_as_it_does_for_users(place, tmp_path):
     """Every other test runs with the flags of tests/conftest.py, under which a step is another program."""
     flags = {"XLA_FLAGS": ""}
-    changes = ("model.width=128", "model.layers=3", "data.sequence_length=64", "train.accumulation=2", "train.steps=60")
+    changes = ("model.width=128", "data.sequence_length=64", "train.accumulation=2", "train.steps=40")
     changes = [f"--config.{change}" for change in (*changes, "optimizer.direction.name=muon")]
     one, run = tmp_path / "whole", tmp_path / "killed"
     code, _, err = command(place, "--config", "small.py", "--workdir", one, *changes, **flags)
     assert code == 0, err
-    for steps in (15, 41):
-        assert kill(place, run, lambda steps=steps: rows_in(run) >= steps, 0.01, *changes, **flags)
+    assert kill(place, run, lambda: rows_in(run) >= 25, 0.01, *changes, **flags)
     code, _, err = command(place, "--config", "small.py", "--workdir", run, *changes, **flags)
     assert code == 0 and "resuming   after step" in err, err
     assert same_run(run, one)
