@@ -49,7 +49,7 @@ STEPS, SAVED = 6, 4
 LAYERED_RECIPE = {  # every part of an optimizer that keeps something of its own for each layer
     "direction": {
         "name": "muon",
-        "newton_schulz": {"name": "measured", "every": 1, "choose_at": 3, "candidates": ["jordan2", "jordan5"]},
+        "newton_schulz": {"name": "measured", "every": 1, "choose_at": 2, "candidates": ["jordan2", "jordan5"]},
     },
     "layerwise": {"name": "lanton", "interval": 1},
     "sampling": {"name": "drop_muon", "buckets": 2},
