@@ -12,10 +12,11 @@ AlphaDecay, the same statistic on the weight decay: 23.32 to 22.66 at 135 M on C
 
 Why it needs controls: the statistic of a random matrix depends on its aspect ratio alone, 2.12 square and 2.98 at 3 : 8
 [measured], so before any learning LLR gives attention about 1 and the feed-forward layer about 5 times the base rate, and
-embedding and head 5. `frozen` keeps the multipliers of step 1, what shapes alone do; `by type` is the paper's baseline; `llr,
-square windows` makes the statistic independent of the aspect ratio; `reversed` is the opposite sign. Every headline arm has its
-base rate tuned over one grid: a mean multiplier of about 2.7 is itself a larger rate. Against the claims would count: `frozen`
-as low as LLR, or the tuned uniform rate as low. The whole thing again with Muon.
+embedding and head 5. As in the paper's models every matrix starts normal here: one at zero has no exponent. `frozen` keeps
+the multipliers of step 1, what shapes alone do; `by type` is the paper's baseline; `llr, square windows` makes the statistic
+independent of the aspect ratio; `reversed` is the opposite sign. Every headline arm has its base rate tuned over one grid: a
+mean multiplier of about 2.7 is itself a larger rate. Against the claims would count: `frozen` as low as LLR, or the tuned
+uniform rate as low. The whole thing again with Muon.
 """
 
 from experiments import text
@@ -30,7 +31,7 @@ MUON = {"name": "muon", "learning_rate": 0.02, "rest": {"name": "adamw", "learni
 def schedule(steps: int, interval: int, ramp: int, smallest: int = 50) -> dict:
     """As in the released configs: warm-up over a tenth, cosine to a tenth. `llr` and its kin measure as the scale allows."""
     cosine = {"name": "cosine", "warmup": max(1, steps // 10), "final": 0.1}
-    changes = {"train.steps": steps, "optimizer.schedule": cosine, "optimizer.direction": ADAMW}
+    changes = {"train.steps": steps, "optimizer.schedule": cosine, "optimizer.direction": ADAMW, "model.output_init": "normal"}
     return {"changes": changes, "pace": {"interval": interval, "smallest": smallest}, "ramp": ramp}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from optim import options
 from optim.directions.blocks import blocks_of
 from optim.layerwise.multipliers import Layerwise, LayerwiseState, Multipliers, Seen, ones
-from optim.layerwise.spectrum import hill_alpha
+from optim.layerwise.spectrum import LARGEST, hill_alpha
 from optim.roles import Parameter, depth_of
 from strata import ConfigError, Problem
 
@@ -81,25 +81,32 @@ def assign(alpha: jax.Array, chosen: Any) -> jax.Array:
 
     linear: from `least` at the smallest alpha to `most` at the largest. rank: `least` plus the share of matrices with a smaller
     alpha of the range. sqrt, log2: alpha's, divided by their mean. sigmoid: 2 / (1 + exp(-4 z)), z the standardised alpha.
-    Where all alphas are equal every multiplier is 1, or the nearest in the range.
+    Where all alphas are equal every multiplier is 1, or the nearest in the range. A matrix without an exponent, which is zero
+    or has a flat spectrum, is not compared with others and has that multiplier too (chosen here: the papers' matrices all
+    start normal, those that write to the stream start at zero in most placements of this project).
     """
-    name, low, high = chosen.assign, jnp.min(alpha), jnp.max(alpha)
+    name, known = chosen.assign, alpha <= LARGEST
+    low, high = jnp.min(jnp.where(known, alpha, jnp.inf)), jnp.max(jnp.where(known, alpha, -jnp.inf))
     if getattr(chosen, "reverse", False):
         alpha = low + high - alpha
-    if name == "sqrt":
-        return jnp.sqrt(alpha) / jnp.mean(jnp.sqrt(alpha))
-    if name == "log2":
-        return jnp.log2(alpha) / jnp.mean(jnp.log2(alpha))
-    spread = high > low
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(known, x, 0)) / jnp.maximum(jnp.sum(known), 1)
+
+    if name in ("sqrt", "log2"):
+        values = jnp.sqrt(alpha) if name == "sqrt" else jnp.log2(alpha)
+        return jnp.where(known, values / mean(values), 1.0)
+    compared = known & (high > low)
     if name == "sigmoid":
-        z = (alpha - jnp.mean(alpha)) / jnp.where(spread, jnp.std(alpha), 1)
-        return jnp.where(spread, 2 / (1 + jnp.exp(-4 * z)), 1.0)
+        z = alpha - mean(alpha)
+        z = z / jnp.where(compared, jnp.sqrt(mean(z * z)), 1)
+        return jnp.where(compared, 2 / (1 + jnp.exp(-4 * z)), 1.0)
     if name == "rank":
-        share = jnp.mean(alpha[:, None] > alpha[None, :], axis=1)
+        share = jnp.sum(known[None, :] & (alpha[:, None] > alpha[None, :]), axis=1) / jnp.maximum(jnp.sum(known), 1)
     else:
-        share = (alpha - low) / jnp.where(spread, high - low, 1)
+        share = (alpha - low) / jnp.where(compared, high - low, 1)
     alike = min(max(1.0, chosen.least), chosen.most)
-    return jnp.where(spread, chosen.least * (1 - share) + chosen.most * share, alike)
+    return jnp.where(compared, chosen.least * (1 - share) + chosen.most * share, alike)
 
 
 def _matrices(chosen: Any, declared: Mapping[str, Parameter], ends: bool) -> Matrices:

@@ -116,6 +116,18 @@ def test_equal_alphas_give_equal_multipliers_of_one(name):
     np.testing.assert_allclose(assign(jnp.full(5, 3.3), LLR(assign=name)), 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["linear", "sqrt", "log2", "sigmoid", "rank"])
+def test_a_matrix_without_an_exponent_is_not_compared_and_moves_nobody_else(name):
+    """Matrices that write to the stream start at zero: with the largest exponent they would squeeze all others together."""
+    none = float(optim.hill_alpha(jnp.zeros((8, 8))))
+    assert none == float(optim.hill_alpha(jnp.eye(8)))
+    for chosen in (LLR(assign=name), LLR(assign=name, reverse=True)):
+        alone = assign(jnp.asarray([3.0, 2.0, 7.0, 2.5]), chosen)
+        found = assign(jnp.asarray([none, 3.0, 2.0, none, 7.0, 2.5]), chosen)
+        np.testing.assert_allclose(found, [1.0, *alone[:2], 1.0, *alone[2:]], rtol=1e-6)
+        np.testing.assert_array_equal(assign(jnp.full(3, none), chosen), 1.0)
+
+
 class Spectra(nnx.Module):
     """Two stacked parameters whose layers have known tails, an embedding, a head, a gain."""
 
