@@ -200,10 +200,6 @@ class Config:
         yield self._conversion_problems()
         yield self._optimizer_problems()
 
-    def _optimizer_problems(self) -> Iterator[Problems]:
-        for check in self.optimizer.problems_over(self.train.steps):
-            yield ((f"optimizer.{name}", message) for name, message in check)
-
     def _batch_problems(self) -> Problems:
         size, parts = self.data.batch_size, self.train.accumulation
         if size % parts:
@@ -239,3 +235,7 @@ class Config:
         if self.init_from.convert is not None:
             asked = getattr(self.init_from.convert, "problems_in", lambda model: ())(self.model)
             yield from ((f"init_from.convert.{name}", message) for name, message in asked)
+
+    def _optimizer_problems(self) -> Iterator[Problems]:
+        for check in self.optimizer.problems_over(self.train.steps):
+            yield ((f"optimizer.{name}", message) for name, message in check)

@@ -117,9 +117,9 @@ class Model:
         yield self._part_problems()
 
     def _part_problems(self) -> Iterator[tuple[str, str] | Problems]:
+        if [*self._head_problems(), *self._key_head_problems()]:  # nothing below is defined then
+            return
         loops = self.depth.loops
-        if any(True for check in (self._head_problems(), self._key_head_problems()) for _ in check):
-            return  # nothing below is defined then
         if self.layers % loops:
             yield "depth.loops", f"{loops} loops do not divide {self.layers} layers"
             return
