@@ -86,3 +86,21 @@ def command(begin):
         return child.returncode, out, err
 
     return run
+
+
+@pytest.fixture
+def children():
+    """A function from the number of a process to those of the processes that it has started."""
+
+    def find(pid):
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid:
+                found.append(int(stat.parent.name))
+        return found
+
+    return find

@@ -35,20 +35,7 @@ def lines(path):
         return 0
 
 
-def children(pid):
-    """Processes that a process has started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
-
-
-def test_a_sweep_that_was_killed_with_its_runs_ends_with_the_same_ledger_and_equal_bits(place, begin, command):
+def test_a_sweep_that_was_killed_with_its_runs_ends_with_the_same_ledger_and_equal_bits(place, begin, command, children):
     code, out, err = command(*SWEEP, "--runs=whole")
     assert code == 0, err
     assert "2 runs: 2 finished" in out and "finished   low seed 0  step 300" in err
@@ -125,11 +112,18 @@ def test_a_measurement_fills_a_run_directory_and_is_done_once(place, command):
         (["experiment.py", "--slots=1000"], "processors here"),
         (["experiment.py", "--timeout=-1"], "expected minutes above 0"),
         (["experiment.py", "--arms=none"], "the arms are low, high"),
-        (["experiment.py", "--launcher=cloud"], "expected local or slurm"),
+        (["experiment.py", "--launcher=cloud"], "expected local, slurm or submitit"),
         (["experiment.py", "--slurm.partition=gpu"], "need --launcher slurm"),
+        (["experiment.py", "--submitit.timeout_min=5"], "need --launcher submitit"),
+        (["experiment.py", "--launcher=submitit", "--slurm.partition=gpu"], "need --launcher slurm"),
+        (["experiment.py", "--launcher=submitit", "--timeout=5"], "--submitit.timeout_min=60"),
+        (["experiment.py", "--launcher=submitit", "--submitit.cluster=pbs"], "any executor named pbs"),
         (["experiment.py", "--launcher=slurm", "--retries=1"], "--retries: with Slurm"),
         (["experiment.py", "--trials=3", "--watch"], "--trials is of a search; --watch is of status"),
-        (["search", "small.py", "--scale=smoke", "--launcher=slurm"], "takes no --launcher slurm; --scale: a search has none"),
+        (
+            ["search", "small.py", "--scale=smoke", "--launcher=slurm"],
+            "--launcher slurm submits an array; --launcher submitit stays; --scale: a search has none",
+        ),
         (["experiment.py", "--dryrun"], "did you mean --dry_run"),
         (["experiment.py", "other.py"], "expected one file"),
         ([], "expected one file"),
@@ -215,7 +209,7 @@ def test_a_run_that_is_half_done_costs_the_other_half(place):
     assert "about 30 s" in describe_cost(plan, there, 1)[2]
 
 
-def test_a_second_launcher_of_one_sweep_is_refused(place, begin, command):
+def test_a_second_launcher_of_one_sweep_is_refused(place, begin, command, children):
     first = begin(*SWEEP, "--config.train.steps=100000")
     while not (place / "runs" / "sweeps" / "small-smoke" / "ledger.jsonl").is_file():
         assert first.poll() is None, first.communicate()

@@ -1,6 +1,6 @@
 """From an idea to runs: experiments and sweeps in Python, expanded, checked, launched and resumed. Imports no JAX.
 
-python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm] [--slots N] [--dry_run] [--sweep.PATH=VALUES]
+python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm|submitit] [--slots N] [--dry_run] [--sweep.PATH=VALUES]
 python -m trainer.sweep status FILE
 python -m trainer.sweep search FILE [--trials N]
 """

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from strata import ConfigError, StrataError
 from trainer.run_directory import RunDirectory
@@ -18,9 +19,9 @@ from trainer.sweep.plan import Plan, arms_at, make_plan
 from trainer.sweep.reading import Source, read, read_search
 
 USAGE = """\
-usage: python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm] [--slots N] [--dry_run]
+usage: python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm|submitit] [--slots N] [--dry_run]
        python -m trainer.sweep status FILE [--scale NAME] [--watch]
-       python -m trainer.sweep search FILE [--trials N] [--slots N]
+       python -m trainer.sweep search FILE [--trials N] [--slots N] [--launcher local|submitit]
 
   FILE                      an experiment (get_experiment), or a config with axes from the command line
   --scale NAME              smoke, laptop, gpu, paper, or what else the file defines (default laptop, or its first)
@@ -36,11 +37,14 @@ usage: python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm] [--s
   --runs DIR                where run directories are (default runs); the sweep itself is kept in DIR/sweeps
   --launcher slurm          one array job; --slurm.partition=NAME and other options are handed to sbatch
   --wait                    with slurm: return when everything has ended, not after submitting
+  --launcher submitit       a job a run; the launcher stays. --submitit.cluster=NAME and other options of submitit's
+                            AutoExecutor, such as --submitit.timeout_min=60
 """
 
 FLAGS = ("dry_run", "help", "wait", "watch")
 VALUES = ("trials", "scale", "launcher", "slots", "arms", "part", "retries", "timeout", "stop_after", "runs")
-PREFIXES = ("sweep.", "config.", "slurm.")
+PREFIXES = ("sweep.", "config.", "slurm.", "submitit.")
+LAUNCHERS = ("local", "slurm", "submitit")
 
 
 @dataclasses.dataclass
@@ -93,24 +97,26 @@ def parse(argv: Sequence[str]) -> Arguments:
     files = files[1:] if command != "run" else files
     if len(files) != 1 and "help" not in flags:
         wrong.append("expected one file" + (f", not {', '.join(files)}" if files else ""))
-    if values.get("launcher", "local") not in ("local", "slurm"):
-        wrong.append(f"--launcher {values['launcher']}: expected local or slurm")
-    wrong += _out_of_place(command, values.get("launcher", "local"), values.keys() | flags, bool(pairs["slurm."]))
+    launcher = values.get("launcher", "local")
+    if launcher not in LAUNCHERS:
+        wrong.append(f"--launcher {launcher}: expected {', '.join(LAUNCHERS[:-1])} or {LAUNCHERS[-1]}")
+    wrong += _out_of_place(command, launcher, values.keys() | flags, {prefix for prefix in PREFIXES if pairs[prefix]})
     if wrong:
         raise ConfigError("; ".join(wrong) + "\n" + USAGE)
     return Arguments(files[0] if files else "", command, values, flags, pairs)
 
 
-def _out_of_place(command: str, launcher: str, given: Set[str], slurm_options: bool) -> list[str]:
+def _out_of_place(command: str, launcher: str, given: Set[str], prefixes: Set[str]) -> list[str]:
     """What would be read by nothing, in words. `status` takes whatever the sweep is started with."""
     if command == "status":
         return []
-    found = []
+    found = [f"--{name}.* options need --launcher {name}" for name in LAUNCHERS if f"{name}." in prefixes and name != launcher]
+    if launcher == "submitit" and "timeout" in given:
+        found.append("--timeout: with submitit the limit is the job's own, --submitit.timeout_min=60")
     if launcher != "slurm":
-        found += ["--slurm.* options need --launcher slurm"] if slurm_options else []
         found += ["--wait needs --launcher slurm"] if "wait" in given else []
     elif command == "search":
-        found.append("a search runs on this machine: it takes no --launcher slurm")
+        found.append("a search hands out its trials one by one: --launcher slurm submits an array; --launcher submitit stays")
     elif ours := sorted(given & {"retries", "timeout", "stop_after"}):
         found.append(f"--{', --'.join(ours)}: with Slurm the limits are its own, such as --slurm.time=60")
     if command == "search" and (other := sorted(given & {"scale", "arms", "part"})):
@@ -155,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
         check_assembly(plan, place, without_devices(plan))
         with RunDirectory(place.path):
             return launch(place, plan, slots, dict(arguments.pairs["slurm."]), again, "wait" in arguments.flags)
-    return launch_local(arguments, place, plan, slots, again)
+    return launch_here(arguments, place, plan, slots, again)
 
 
 def plan_of(arguments: Arguments, source: Source, scale: str, place: Place) -> Plan:
@@ -183,20 +189,32 @@ def chosen_arms(text: str, known: Sequence[str]) -> list[str]:
     return found
 
 
-def launch_local(arguments: Arguments, place: Place, plan: Plan, count: int, again: object) -> int:
-    """Run on this machine and say how it ended."""
-    from trainer.sweep.display import Display, status_lines
-    from trainer.sweep.local import LocalLauncher
+def slots_of(arguments: Arguments, place: Place, count: int, devices: int = 1) -> Sequence[Any]:
+    """Of this machine, or of a cluster; says what there is to say of them."""
+    if arguments.values.get("launcher", "local") == "submitit":
+        from trainer.sweep.submitted import make_submitted_slots
+
+        return make_submitted_slots(count, dict(arguments.pairs["submitit."]), place.path / "submitit")
     from trainer.sweep.slots import make_slots
 
-    devices = {run.devices for run in plan.runs}
-    slots, notes = make_slots(count, devices=-1 if -1 in devices else max(devices))
+    slots, notes = make_slots(count, devices=devices)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    return slots
+
+
+def launch_here(arguments: Arguments, place: Place, plan: Plan, count: int, again: object) -> int:
+    """Stay until every run has ended, and say how."""
+    from trainer.sweep.display import Display, status_lines
+    from trainer.sweep.launcher import Launcher
+
+    devices = {run.devices for run in plan.runs}
+    slots = slots_of(arguments, place, count, -1 if -1 in devices else max(devices))
     retries = _whole(arguments, "retries", least=0)
     timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
-    check_assembly(plan, place, slots[0].variables())
-    launcher = LocalLauncher(
+    submits = arguments.values.get("launcher") == "submitit"
+    check_assembly(plan, place, without_devices(plan) if submits else slots[0].variables())
+    launcher = Launcher(
         place,
         slots,
         Display(place),
@@ -215,17 +233,15 @@ def search(arguments: Arguments) -> int:
     from trainer.sweep.display import Display
     from trainer.sweep.search import Study, check
     from trainer.sweep.search_launcher import SCALE, SearchLauncher, check_points
-    from trainer.sweep.slots import make_slots
 
-    if extra := [name for prefix in PREFIXES for name, _ in arguments.pairs[prefix]] + sorted(arguments.flags):
+    prefixes = [prefix for prefix in PREFIXES if prefix != "submitit."]
+    if extra := [name for prefix in prefixes for name, _ in arguments.pairs[prefix]] + sorted(arguments.flags):
         raise ConfigError(f"a search takes no {', '.join(extra)}: what it tries stands in its file")
     source = read_search(arguments.file)
     check(source)
     found = dataclasses.replace(source, trials=_whole(arguments, "trials", least=1) or source.trials)
     place = Place(arguments.values.get("runs", "runs"), f"{found.name}-{SCALE}")
-    slots, notes = make_slots(_whole(arguments, "slots", least=1) or 1)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    slots = slots_of(arguments, place, _whole(arguments, "slots", least=1) or 1)
     retries = _whole(arguments, "retries", least=0)
     timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
     check_points(found, Path(arguments.file))

@@ -1,4 +1,4 @@
-"""Running the trials of a search on this machine, and stopping those whose curve is bad. Imports no JAX."""
+"""Running the trials of a search, and stopping those whose curve is bad. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.metrics.jsonl import read_metrics
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import as_text
 from trainer.sweep.experiment import Arm, Experiment, Scale
-from trainer.sweep.local import POLL, Active, LocalLauncher
+from trainer.sweep.launcher import POLL, Active, Launcher
 from trainer.sweep.outcome import last_rows, outcome
 from trainer.sweep.plan import Plan, Run, make_plan
 from trainer.sweep.reading import Source
@@ -86,8 +86,8 @@ def check_points(search: Search, path: Path) -> None:
         raise ConfigError(list(problems.values()), f"{path}: the space")
 
 
-class SearchLauncher(LocalLauncher):
-    """The local launcher with runs that are proposed while it works."""
+class SearchLauncher(Launcher):
+    """The launcher with runs that are proposed while it works."""
 
     def search(self, search: Search, study: Study) -> int:
         """Until there have been enough trials.

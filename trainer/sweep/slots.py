@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import socket
 import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from strata import ConfigError
 
@@ -34,6 +38,20 @@ class Slot:
         found = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         return found | ({"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self.share:.3f}"} if self.share else {})
 
+    def start(self, command: Sequence[str], log: Path) -> subprocess.Popen:
+        """Begin a process, pinned to the slot's processors; its output is appended to `log`."""
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | self.variables() | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # a Ctrl-C reaches the launcher alone, which passes it on once
+            )
+        self.pin(process.pid)
+        return process
+
     def pin(self, pid: int) -> None:
         """Keep a process that has just begun, and the threads it will start, on the slot's processors."""
         if self.cpus is not None and hasattr(os, "sched_setaffinity"):
@@ -42,9 +60,22 @@ class Slot:
             except ProcessLookupError:  # it is over already
                 pass
 
-    def describe(self) -> dict[str, object]:
+    def describe(self, process: subprocess.Popen) -> dict[str, object]:
         """For the ledger."""
-        return {"index": self.index} | ({"gpus": list(self.gpus)} if self.gpus else {"cpus": list(self.cpus or ())})
+        place = {"gpus": list(self.gpus)} if self.gpus else {"cpus": list(self.cpus or ())}
+        return {"pid": process.pid, "slot": {"index": self.index} | place}
+
+    def alive(self, start: Mapping[str, Any], words: str) -> bool:
+        """Whether the process of a row of the ledger is still there: it may not have locked its directory yet."""
+        return start.get("host") == socket.gethostname() and "pid" in start and process_alive(start["pid"], words)
+
+
+def process_alive(pid: int, words: str) -> bool:
+    """Whether there is a process of that number here with `words` in its command."""
+    try:
+        return words.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def make_slots(count: int, *, devices: int = 1, gpus: tuple[str, ...] | None = None) -> tuple[list[Slot], list[str]]:

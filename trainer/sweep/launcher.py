@@ -1,5 +1,6 @@
-"""Launching on this machine: one process a run, a fixed number at a time, stopped cleanly and started again at will.
+"""Launching: one process a run, as many at a time as there are slots, stopped cleanly and started again at will.
 
+The slots are shares of this machine (`trainer.sweep.slots`) or places in a cluster's queue (`trainer.sweep.submitted`).
 Imports no JAX.
 """
 
@@ -7,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.sweep.display import Display
 from trainer.sweep.ledger import last_ends, unfinished
 from trainer.sweep.outcome import Outcome, outcome
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, Run
-from trainer.sweep.slots import Slot
 
 POLL = 0.1
 """Seconds between looks at the processes."""
@@ -32,13 +30,45 @@ NEVER_AGAIN = (2, 4)
 """Exit codes that a second try cannot change: a wrong config, missing or damaged data."""
 
 
+class Process(Protocol):
+    """What a slot runs: a `subprocess.Popen`, or a job that behaves as one."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Slot(Protocol):
+    """Room for one run at a time."""
+
+    @property
+    def index(self) -> int: ...
+
+    def start(self, command: Sequence[str], log: Path) -> Process:
+        """Begin; standard output and error are appended to `log`."""
+        ...
+
+    def describe(self, process: Process) -> dict[str, object]:
+        """Fields of the ledger's row of a start: of the slot, and what its process can be found by again."""
+        ...
+
+    def alive(self, start: Mapping[str, Any], words: str) -> bool:
+        """Whether the process of a start that has no end is still there or waits to begin; `words` are in its command."""
+        ...
+
+
 @dataclasses.dataclass
 class Active:
     """A process at work."""
 
     run: Run
     slot: Slot
-    process: subprocess.Popen
+    process: Process
     began: float  # monotonic
     step: int  # that it went on from
     rows: int  # bytes of metrics when it began
@@ -68,7 +98,7 @@ class Stop:
         self.received = self.received or signal.Signals(number).name
 
 
-class LocalLauncher:
+class Launcher:
     """Runs what is missing of a plan.
 
     Args:
@@ -83,7 +113,7 @@ class LocalLauncher:
     def __init__(
         self,
         place: Place,
-        slots: list[Slot],
+        slots: Sequence[Slot],
         display: Display,
         *,
         retries: int = 2,
@@ -94,7 +124,7 @@ class LocalLauncher:
         self.retries, self.timeout = retries, timeout
         self.deadline = None if stop_after is None else time.monotonic() + stop_after
         self.active: list[Active] = []
-        self.foreign: dict[str, Run] = {}  # run by processes that are not ours, such as those of a launcher that was killed
+        self.foreign: dict[str, tuple[Run, Mapping[str, Any] | None]] = {}  # of a launcher that was killed, say; with its start
         self.attempts: dict[str, int] = {}  # without getting further
         self.compiled: set[str] = set()  # groups of which a run has made its first step
         self.ready: set[str] = set()  # finished runs that others start from
@@ -150,8 +180,9 @@ class LocalLauncher:
                 self.active.remove(done)
                 if self._reap(done, failed):
                     waiting.insert(0, done.run)
-            for name, run in list(self.foreign.items()):
-                if (found := outcome(self.place.directory(run), run.steps)).state != "running":
+            for name, (run, start) in list(self.foreign.items()):
+                found = outcome(self.place.directory(run), run.steps)
+                if not self._at_it(run, found, start):
                     del self.foreign[name]
                     if found.ended:
                         self._end(run, found, None)
@@ -192,8 +223,8 @@ class LocalLauncher:
         for run in [run for run in plan.distinct if run.directory not in self.failed]:
             found = outcome(self.place.directory(run), run.steps)
             start = lost.get(run.directory)
-            if found.state == "running" or (not found.ended and start is not None and _alive(start, run)):
-                self.foreign[run.directory] = run
+            if self._at_it(run, found, start):
+                self.foreign[run.directory] = run, start
                 self.display.say(f"{run.title}: another process is at it; waiting for that one")
                 continue
             if found.ended:
@@ -208,6 +239,10 @@ class LocalLauncher:
                 self.compiled.add(run.group)
             waiting.append(run)
         return waiting
+
+    def _at_it(self, run: Run, found: Outcome, start: Mapping[str, Any] | None) -> bool:
+        """Whether a process is at a run of which the ledger has a start without an end: it may not have locked it yet."""
+        return found.state == "running" or (not found.ended and start is not None and self.slots[0].alive(start, run.directory))
 
     def _fill(self, waiting: list[Run]) -> None:
         """Start runs in the free slots; runs of one program wait until the first of them has compiled it."""
@@ -234,17 +269,8 @@ class LocalLauncher:
         directory = self.place.directory(run)
         step = outcome(directory, run.steps).step
         attempt = self.attempts[run.directory] = self.attempts.get(run.directory, 0) + 1
-        with open(log, "ab") as output:
-            process = subprocess.Popen(
-                self.place.command(run),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=os.environ | slot.variables() | {"PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # a Ctrl-C reaches the launcher alone, which passes it on once
-            )
-        slot.pin(process.pid)
-        self._note("start", run, attempt=attempt, pid=process.pid, host=socket.gethostname(), slot=slot.describe())
+        process = slot.start(self.place.command(run), log)
+        self._note("start", run, attempt=attempt, host=socket.gethostname(), **slot.describe(process))
         self.active.append(Active(run, slot, process, time.monotonic(), step, _size(directory / "metrics.jsonl")))
 
     def _reap(self, entry: Active, failed: set[str]) -> bool:
@@ -302,16 +328,6 @@ class LocalLauncher:
     def _note(self, event: str, run: Run, **fields: Any) -> None:
         row = self.place.ledger.append(event, run=run.directory, arm=run.arm, seed=run.seed, stage=run.stage, **fields)
         self.display.event(run, row)
-
-
-def _alive(start: dict[str, Any], run: Run) -> bool:
-    """Whether the process of a start that has no end is still there: it may not have locked its directory yet."""
-    if start.get("host") != socket.gethostname() or not start.get("pid"):
-        return False
-    try:
-        return run.directory.encode() in Path(f"/proc/{start['pid']}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def _size(path: Path) -> int:

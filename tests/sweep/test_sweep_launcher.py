@@ -17,8 +17,8 @@ from strata import ConfigError
 from trainer.metrics import read_metrics
 from trainer.sweep import Arm, Claim, Experiment, Rule, RunOf, Scale, Tuning, axis
 from trainer.sweep.display import Display, status_lines
+from trainer.sweep.launcher import Launcher
 from trainer.sweep.ledger import by_run
-from trainer.sweep.local import LocalLauncher
 from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import Source
@@ -58,7 +58,7 @@ class Sweep:
         return run
 
     def launch(self, slots=1, **rest):
-        launcher = LocalLauncher(self.place, [Slot(i) for i in range(slots)], Display(self.place, self.output), **rest)
+        launcher = Launcher(self.place, [Slot(i) for i in range(slots)], Display(self.place, self.output), **rest)
         return launcher.run(self.plan(), self.plan)
 
     def ends(self):
@@ -181,7 +181,7 @@ def test_a_second_signal_kills_a_run_that_does_not_listen(sweep):
 
 
 def test_one_that_does_not_listen_is_killed_after_a_while(sweep, monkeypatch):
-    monkeypatch.setattr("trainer.sweep.local.GRACE", 0.3)
+    monkeypatch.setattr("trainer.sweep.launcher.GRACE", 0.3)
     sweep.script("low", 0, "deaf")
     assert sweep.launch(stop_after=1.5) == 75
     assert next(row for row in sweep.place.ledger.rows() if row["event"] == "end")["exit"] == -signal.SIGKILL
@@ -208,7 +208,7 @@ def test_stop_after_ends_it_in_the_same_way(sweep):
 
 def test_a_part_of_the_arms_is_started_and_the_plan_stays_whole(sweep):
     source = Source(sweep.experiment, Path("experiment.py"), "")
-    launcher = LocalLauncher(sweep.place, [Slot(0)], Display(sweep.place, sweep.output))
+    launcher = Launcher(sweep.place, [Slot(0)], Display(sweep.place, sweep.output))
     assert launcher.run(make_plan(source, "smoke", only=["high"]), sweep.plan) == 0
     assert sweep.starts() == [("high", 0), ("high", 1)]
     kept = json.loads((sweep.place.path / "plan.json").read_text())
@@ -259,7 +259,7 @@ def test_two_slots_run_two_arms_at_once_on_processors_of_their_own(sweep):
     sweep.script("high", 0, "hang finish")
     cpus = sorted(os.sched_getaffinity(0))
     slots, _ = make_slots(2, gpus=()) if len(cpus) > 1 else ([Slot(0, (cpus[0],)), Slot(1, (cpus[0],))], [])
-    launcher = LocalLauncher(sweep.place, slots, Display(sweep.place, sweep.output))
+    launcher = Launcher(sweep.place, slots, Display(sweep.place, sweep.output))
     with soon(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: len(_lines(sweep)) == 2):
         assert launcher.run(sweep.plan(), sweep.plan) == 75
     assert sweep.starts() == [("low", 0), ("high", 0)]
