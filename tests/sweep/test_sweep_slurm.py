@@ -309,6 +309,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         yield
     finally:
         subprocess.run(["scancel", "--user", "root"], capture_output=True)
+        deadline = time.monotonic() + 60  # slurmd ends when its last job has
+        while subprocess.run(["squeue", "-h"], capture_output=True).stdout and time.monotonic() < deadline:
+            time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -378,3 +381,33 @@ def test_a_run_of_two_processes_inside_an_allocation_finds_itself_through_slurm(
     assert one.name == two.name and json.loads((two / "environment.json").read_text())["processes"] == 2
     losses = [[row["loss"] for row in rows(run) if row["split"] == "val"] for run in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in DAEMONS or not shutil.which("sbatch"), reason="Slurm is not installed (Debian: slurm-wlm)")
+def test_a_job_of_submitit_on_a_real_slurm_is_requeued_and_ends_with_equal_bits(place, command, begin, cluster):
+    pytest.importorskip("submitit", reason="submitit is not installed (extra: sweep)")
+    arguments = [*SWEEP, "--sweep.seed=0", "--arms=low"]
+    arguments.remove("--sweep.seed=0,1,2")
+    code, _, err = command(*arguments, "--runs=alone")
+    assert code == 0, err
+    options = ["--submitit.cluster=slurm", "--submitit.timeout_min=30", "--submitit.slurm_partition=main"]
+    launcher = begin(*arguments, "--runs=slurm", "--launcher=submitit", *options)
+    ledger = Ledger(place / "slurm" / "sweeps" / "small-smoke")
+    deadline = time.monotonic() + 300
+    started: list[dict] = []
+    while not started or not (place / "slurm" / started[0]["run"] / "metrics.jsonl").is_file():
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
+        started = [row for row in ledger.rows() if row["event"] == "start"]
+        time.sleep(0.05)
+    run = started[0]["run"]
+    while (place / "slurm" / run / "metrics.jsonl").read_bytes().count(b"\n") < 40:
+        time.sleep(0.02)
+    subprocess.run(["scancel", "--signal=USR2", started[0]["slot"]["job"]], check=True)  # as its time limit would
+    out, err = launcher.communicate(timeout=420)
+    logs = "".join(path.read_text() for path in (place / "slurm" / "sweeps").rglob("submitit/*/*_log.*"))
+    assert launcher.returncode == 0, out + err + logs
+    assert "Requeued" in logs
+    ends = [(row["event"], row.get("outcome")) for row in ledger.rows() if row["event"] != "plan"]
+    assert ends == [("start", None), ("end", "finished")], "to the launcher it is one attempt"
+    assert rows(place / "alone" / run) == rows(place / "slurm" / run)

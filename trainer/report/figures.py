@@ -338,7 +338,7 @@ def _final(results: Results, record: Record, metric: Metric) -> float | None:
 
 def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]], metric: Metric) -> Drawing:
     figure, axes = _figure(f"{metric.split} {metric.name} over {path.rsplit('.', 1)[-1]}")
-    axis, xs = axes[0, 0], []
+    axis, xs, ringed = axes[0, 0], [], False
     words = []
     for index, (name, points) in enumerate(lines.items()):
         points = [(x, y, mark) for x, y, mark in points if x is not None]
@@ -353,8 +353,10 @@ def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]],
             words.append(f"{name}: " + ", ".join(f"{y:.4g} at {x:g}" for x, y in means))
         for x in sorted({x for x, y, _ in points if y is None}):
             axis.plot([x], [0.97], "x", color=look["color"], transform=axis.get_xaxis_transform(), markersize=7)
-        for x, y in [(x, y) for x, y, mark in points if mark and y is not None][:1]:
-            axis.annotate("chosen", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+        for x in sorted({x for x, y, mark in points if mark and y is not None}):
+            ring = dict(color=look["color"], fillstyle="none", linestyle="", markersize=10)
+            axis.plot([x], [dict(means)[x]], "o", label=None if ringed else "chosen by tuning", **ring)
+            ringed = True
     if xs and min(xs) > 0 and max(xs) / min(xs) > 5:
         axis.set_xscale("log")
         if len(tried := sorted(set(xs))) <= 12:  # the values themselves, whose powers of ten would run into each other
