@@ -118,6 +118,7 @@ def test_a_measurement_fills_a_run_directory_and_is_done_once(place, command):
         (["experiment.py", "--launcher=submitit", "--slurm.partition=gpu"], "need --launcher slurm"),
         (["experiment.py", "--launcher=submitit", "--timeout=5"], "--submitit.timeout_min=60"),
         (["experiment.py", "--launcher=submitit", "--submitit.cluster=pbs"], "any executor named pbs"),
+        (["experiment.py", "--launcher=submitit", "--submitit.timeout_min=soon", "--dry_run"], "expected whole minutes"),
         (["experiment.py", "--launcher=slurm", "--retries=1"], "--retries: with Slurm"),
         (["experiment.py", "--trials=3", "--watch"], "--trials is of a search; --watch is of status"),
         (

@@ -1,5 +1,6 @@
 """Slots of a cluster's queue, with acted runs (`actor.py`) and submitit's cluster `local`, which makes processes of jobs."""
 
+import contextlib
 import io
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from trainer.sweep import Arm, Experiment, LogUniform, Scale, Search
 from trainer.sweep.display import Display
 from trainer.sweep.launcher import Launcher
@@ -80,13 +81,18 @@ def sweep(place, monkeypatch):
 
 
 def when(ready, act):
-    """A thread that acts once."""
+    """A thread that acts once; if that goes wrong it stops the launch, which would wait for ever."""
 
     def wait():
         deadline = time.monotonic() + 60
-        while not ready() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        act()
+        try:
+            while not ready():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            act()
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -105,9 +111,16 @@ def test_jobs_end_with_the_ledger_of_processes(sweep):
     assert names == {path.name for path in plain.place.directory(run).iterdir()}, "nothing of submitit's in a run directory"
 
 
-def test_a_stopped_launcher_has_its_jobs_save_and_goes_on(sweep):
+def test_a_stopped_launcher_has_its_jobs_save_and_goes_on(sweep, children):
     run = sweep.script(0, "hang finish")
-    thread = when(lambda: sweep.began(run), lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt():  # as a terminal does: the launcher and whatever is in its group
+        group = os.getpgrp()
+        job = int(sweep.rows("start")[0]["slot"]["job"])
+        for pid in [os.getpid(), *(pid for pid in [job, *children(job)] if os.getpgid(pid) == group)]:
+            os.kill(pid, signal.SIGINT)
+
+    thread = when(lambda: sweep.began(run), interrupt)
     assert sweep.launch() == 75
     thread.join()
     assert [row["outcome"] for row in sweep.rows("end")] == ["preempted"]
@@ -143,7 +156,7 @@ def test_a_cancelled_job_saves_and_its_run_is_tried_again(sweep, children):
 
 
 def test_a_job_that_is_killed_is_a_failed_attempt_with_the_reason(sweep, children, monkeypatch):
-    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
+    monkeypatch.setattr(submitted, "QUEUE", 0.2)
     run = sweep.script(0, "deaf finish")
 
     def kill():
@@ -156,7 +169,9 @@ def test_a_job_that_is_killed_is_a_failed_attempt_with_the_reason(sweep, childre
     assert sweep.launch() == 0
     thread.join()
     first = sweep.rows("end")[0]
-    assert first["outcome"] == "failed" and first["again"] and "ended without a word of its run" in first["message"]
+    assert (
+        first["outcome"] == "failed" and first["again"] and "has left the queue without a word of its run" in first["message"]
+    )
     assert sweep.rows("end")[1]["outcome"] == "finished"
 
 
@@ -175,20 +190,85 @@ def test_a_new_launcher_waits_for_the_jobs_of_one_that_was_killed(sweep):
     assert job.poll() == 0
 
 
+class Queued:
+    """A job that waits, and counts how often it was cancelled."""
+
+    job_id = "7"
+
+    def __init__(self):
+        self.cancelled = 0
+
+    def cancel(self, check):
+        self.cancelled += 1
+
+
 def test_a_job_that_has_not_begun_is_cancelled_at_once(tmp_path):
-    class Queued:
-        job_id, cancelled = "7", False
-
-        def done(self):
-            return False
-
-        def cancel(self, check):
-            self.cancelled = True
-
     queued = Queued()
-    submitted.Job(queued, tmp_path, tmp_path / "log").terminate()
-    assert queued.cancelled
+    job = submitted.Job(queued, "slurm", tmp_path, tmp_path / "log")
+    assert job.poll() is None
+    job.terminate()
+    assert queued.cancelled == 1 and job.poll() == 75
     assert submitted.Attempt(["false"], tmp_path / "log", tmp_path, tmp_path)() == 75, "if it begins all the same, it ends"
+
+
+def test_a_job_that_does_not_end_when_it_is_killed_is_cancelled_once_and_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(submitted, "CANCELLED", 0.1)
+    queued = Queued()
+    (tmp_path / "began").touch()
+    job = submitted.Job(queued, "slurm", tmp_path, tmp_path / "log")
+    job.terminate()
+    assert job.poll() is None and not queued.cancelled
+    job.kill()
+    job.kill()
+    time.sleep(0.2)
+    assert queued.cancelled == 1 and job.poll() == -signal.SIGKILL
+    assert (tmp_path / "stop").exists(), "should the scheduler start it once more"
+
+
+def test_a_scheduler_is_asked_seldom_and_believed_only_when_it_answers(monkeypatch):
+    asked, answers = [], ["PENDING\n", StrataError("squeue failed: slurm_load_jobs error: Invalid job id specified")]
+
+    def call(*command):
+        asked.append(command)
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+    monkeypatch.setattr("trainer.sweep.slurm.call", call)
+    monkeypatch.setattr(submitted, "_answers", {})
+    assert all(submitted.in_queue("slurm", "12", "run") for _ in range(5)) and len(asked) == 1
+    monkeypatch.setattr(submitted, "QUEUE", 0.0)
+    answers.pop(0)
+    assert not submitted.in_queue("slurm", "12", "run")
+    answers[0] = StrataError("squeue did not answer within two minutes")
+    assert submitted.in_queue("slurm", "12", "run")
+
+
+def test_a_new_job_of_a_run_ends_those_before_it(sweep):
+    run = sweep.plan().runs[0]
+    sweep.place.write_config(run)
+    sweep.place.log(run).parent.mkdir(parents=True)
+    earlier = sweep.place.path / "submitit" / run.directory / "earlier"
+    earlier.mkdir(parents=True)
+    job = sweep.slots()[0].start(sweep.place.command(run), sweep.place.log(run))
+    assert (earlier / "stop").exists() and not (job.control / "stop").exists()
+    job.kill()
+
+
+def test_a_requeued_job_counts_as_waiting_again(tmp_path):
+    (tmp_path / "began").touch()
+    submitted.Attempt(["true"], tmp_path / "log", tmp_path, tmp_path).checkpoint()
+    assert not (tmp_path / "began").exists()
+
+
+def test_what_a_scheduler_refuses_is_said_in_its_words(sweep, monkeypatch):
+    def refuse(*_):
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition specified: gpuu")
+
+    monkeypatch.setattr(submitted, "_submit", refuse)
+    monkeypatch.setattr(submitted.time, "sleep", lambda seconds: None)
+    with pytest.raises(StrataError, match="local refused the job of small-.*invalid partition specified: gpuu"):
+        sweep.launch()
 
 
 def test_a_search_hands_its_trials_to_a_cluster(place, monkeypatch):
@@ -202,12 +282,41 @@ def test_a_search_hands_its_trials_to_a_cluster(place, monkeypatch):
     assert study.counts() == {"complete": 3}
 
 
+def test_a_search_that_was_killed_waits_for_the_job_of_its_trial(place, monkeypatch):
+    pytest.importorskip("optuna", reason="Optuna is not installed (extra: sweep)")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("ACTOR_WORD", "crawl")
+    search = Search(name="rates", config="small.py:8", space={RATE: LogUniform(1e-5, 1.0)}, trials=2, startup=2, prune=False)
+    there = ActedPlace("runs", "rates-search")
+    slots = submitted.make_submitted_slots(1, {"cluster": "local"}, there.path / "submitit")
+    output = io.StringIO()
+    with pytest.raises(Killed):
+        launcher = SearchLauncher(there, slots, Display(there, output))
+        monkeypatch.setattr(launcher, "_watch", lambda entry: (_ for _ in ()).throw(Killed()))  # right after the first start
+        monkeypatch.setattr(launcher, "_no_orphans", contextlib.nullcontext)
+        launcher.search(search, Study(search, there.path))
+    study = Study(search, there.path)
+    assert SearchLauncher(there, slots, Display(there, output)).search(search, study) == 0
+    assert "another process is at it" in output.getvalue()
+    starts = [row["run"] for row in there.ledger.rows() if row["event"] == "start"]
+    assert len(starts) == len(set(starts)) == 2 and study.counts()["complete"] == 2
+
+
+class Killed(BaseException):
+    """As `kill -9` of the launcher: nothing of it runs afterwards."""
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"cluster": "lsf"}, "doesn't know any executor named lsf"),
         ({"cluster": "debug"}, "runs jobs within the launcher"),
-        ({"cluster": "local", "timeout_min": "soon"}, "timeout_min"),
+        ({"cluster": "local", "timeout_min": "soon"}, "expected whole minutes"),
+        ({"cluster": "slurm", "slurm_time": "1:00:00"}, "expected whole minutes"),
+        ({"cluster": "slurm", "slurm_partition": "gpu"}, "--submitit.timeout_min=MINUTES is missing"),
+        ({"cluster": "local", "mem_gb": "Infinity"}, "mem_gb"),
+        ({"cluster": "local", "local_setup": "module load"}, "expected a list"),
+        ({"cluster": "slurm", "slurm_additional_parameters": '{"ntasks": 4}'}, "--launcher slurm starts several"),
         ({"cluster": "local", "partitions": "gpu"}, "need to be prefixed by an executor name"),
         ({"cluster": "local", "slurm_partitions": "gpu"}, "Unknown argument 'partitions'"),
         ({"cluster": "local", "tasks_per_node": "2"}, "--launcher slurm starts several"),

@@ -328,7 +328,7 @@ def _shared_machine(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     metrics = [plan.experiment.metric, *plan.experiment.also, *(claim.metric for claim in plan.claims)]
     timed = any(metric is not None and metric.kind == "seconds_to" for metric in metrics)
     slots = [row["slot"] for row in rows if row["event"] == "start" and "slot" in row]
-    several = {slot.get("index", 0) for slot in slots if "job" not in slot} - {0}  # where jobs ran, their cluster decides
+    several = {slot.get("index", 0) for slot in slots if slot.get("cluster", "local") == "local"} - {0}
     if timed and several:
         return ["runs shared the machine with others (more than one slot): their seconds are not those of a run alone"]
     return []

@@ -38,7 +38,7 @@ usage: python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm|submi
   --launcher slurm          one array job; --slurm.partition=NAME and other options are handed to sbatch
   --wait                    with slurm: return when everything has ended, not after submitting
   --launcher submitit       a job a run; the launcher stays. --submitit.cluster=NAME and other options of submitit's
-                            AutoExecutor, such as --submitit.timeout_min=60
+                            AutoExecutor, of which --submitit.timeout_min=MINUTES must be given
 """
 
 FLAGS = ("dry_run", "help", "wait", "watch")
@@ -151,6 +151,10 @@ def main(argv: Sequence[str]) -> int:
     slots = _whole(arguments, "slots", least=1) or plan.scale.slots
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
+    if arguments.values.get("launcher") == "submitit":
+        from trainer.sweep.submitit_options import check_options
+
+        check_options(dict(arguments.pairs["submitit."]))
     if "dry_run" in arguments.flags:
         return dry_run(plan, place, slots)
     for line in describe_cost(plan, place, slots):

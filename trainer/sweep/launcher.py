@@ -21,6 +21,7 @@ from trainer.sweep.ledger import last_ends, unfinished
 from trainer.sweep.outcome import Outcome, outcome
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, Run
+from trainer.sweep.slots import process_alive
 
 POLL = 0.1
 """Seconds between looks at the processes."""
@@ -49,16 +50,17 @@ class Slot(Protocol):
     @property
     def index(self) -> int: ...
 
+    @property
+    def stagger(self) -> bool:
+        """Whether runs of one program wait until the first has compiled it."""
+        ...
+
     def start(self, command: Sequence[str], log: Path) -> Process:
         """Begin; standard output and error are appended to `log`."""
         ...
 
     def describe(self, process: Process) -> dict[str, object]:
         """Fields of the ledger's row of a start: of the slot, and what its process can be found by again."""
-        ...
-
-    def alive(self, start: Mapping[str, Any], words: str) -> bool:
-        """Whether the process of a start that has no end is still there or waits to begin; `words` are in its command."""
         ...
 
 
@@ -164,7 +166,8 @@ class Launcher:
             yield
         except BaseException:
             for entry in self.active:
-                entry.process.terminate()
+                with contextlib.suppress(OSError):
+                    entry.process.terminate()
             raise
 
     # ---- one plan
@@ -242,7 +245,14 @@ class Launcher:
 
     def _at_it(self, run: Run, found: Outcome, start: Mapping[str, Any] | None) -> bool:
         """Whether a process is at a run of which the ledger has a start without an end: it may not have locked it yet."""
-        return found.state == "running" or (not found.ended and start is not None and self.slots[0].alive(start, run.directory))
+        if found.state == "running" or found.ended or start is None:
+            return found.state == "running"
+        if "job" in start.get("slot", {}):
+            from trainer.sweep.submitted import alive
+
+            return alive(start, run.directory)
+        here = start.get("host") == socket.gethostname()
+        return here and "pid" in start and process_alive(start["pid"], run.directory)
 
     def _fill(self, waiting: list[Run]) -> None:
         """Start runs in the free slots; runs of one program wait until the first of them has compiled it."""
@@ -254,7 +264,8 @@ class Launcher:
             : max(0, len(self.slots) - len(taken) - len(self.foreign))
         ]
         for slot in free:
-            compiling = {entry.run.group for entry in self.active if entry.run.kind == "train"} - self.compiled
+            training = {entry.run.group for entry in self.active if entry.run.kind == "train"}
+            compiling = training - self.compiled if slot.stagger else set()
             startable = (run for run in waiting if run.group not in compiling and self.ready.issuperset(run.needs))
             run = next(startable, None)
             if run is None:

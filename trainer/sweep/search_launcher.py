@@ -16,6 +16,7 @@ from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import as_text
 from trainer.sweep.experiment import Arm, Experiment, Scale
 from trainer.sweep.launcher import POLL, Active, Launcher
+from trainer.sweep.ledger import unfinished
 from trainer.sweep.outcome import last_rows, outcome
 from trainer.sweep.plan import Plan, Run, make_plan
 from trainer.sweep.reading import Source
@@ -122,21 +123,35 @@ class SearchLauncher(Launcher):
                     self._tell(done.run)
             for entry in self.active:
                 self._watch(entry)
+            for name, (run, start) in list(self.foreign.items()):
+                found = outcome(self.place.directory(run), run.steps)
+                if not self._at_it(run, found, start):
+                    del self.foreign[name]
+                    if found.ended:
+                        self._end(run, found, None)
+                        self._tell(run)
+                    else:
+                        waiting.insert(0, run)
             if stopping:
                 if not self.active:
                     return
                 self._stop_all()
             else:
                 self._check_time()
-                while len(self.active) + len(waiting) < len(self.slots):
+                while len(self.active) + len(waiting) + len(self.foreign) < len(self.slots):
                     run = self._propose()
                     if run is None:
                         break
-                    waiting.append(run)
-                if not waiting and not self.active:
+                    start = unfinished(self.place.ledger.rows()).get(run.directory)
+                    if self._at_it(run, outcome(self.place.directory(run), run.steps), start):
+                        self.foreign[run.directory] = run, start
+                        self.display.say(f"{run.title}: another process is at it; waiting for that one")
+                    else:
+                        waiting.append(run)
+                if not waiting and not self.active and not self.foreign:
                     return
                 self._fill(waiting)
-            self.display.update([(entry.run, entry.slot.index) for entry in self.active], len(waiting), 0)
+            self.display.update([(entry.run, entry.slot.index) for entry in self.active], len(waiting), len(self.foreign))
             time.sleep(POLL)
 
     def _propose(self) -> Run | None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from strata import ConfigError
 
@@ -32,6 +30,9 @@ class Slot:
     cpus: tuple[int, ...] | None = None
     gpus: tuple[str, ...] = ()
     share: float | None = None
+
+    stagger = True
+    """Runs of one program share a compilation cache, and the machine: the second waits until the first has compiled it."""
 
     def variables(self) -> dict[str, str]:
         """Environment variables of a run here."""
@@ -64,10 +65,6 @@ class Slot:
         """For the ledger."""
         place = {"gpus": list(self.gpus)} if self.gpus else {"cpus": list(self.cpus or ())}
         return {"pid": process.pid, "slot": {"index": self.index} | place}
-
-    def alive(self, start: Mapping[str, Any], words: str) -> bool:
-        """Whether the process of a row of the ledger is still there: it may not have locked its directory yet."""
-        return start.get("host") == socket.gethostname() and "pid" in start and process_alive(start["pid"], words)
 
 
 def process_alive(pid: int, words: str) -> bool:
