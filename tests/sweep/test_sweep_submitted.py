@@ -323,7 +323,9 @@ class Killed(BaseException):
         ({"cluster": "slurm", "slurm_ntasks_per_node": "4"}, "--launcher slurm starts several"),
     ],
 )
-def test_options_that_submitit_refuses_are_refused_before_anything_starts(tmp_path, options, words):
+def test_options_that_submitit_refuses_are_refused_before_anything_starts(tmp_path, monkeypatch, options, words):
+    (tmp_path / "srun").touch(0o755)  # by which submitit knows a machine of Slurm's
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(ConfigError) as error:
         submitted.make_submitted_slots(1, options, tmp_path / "submitit")
     assert words in str(error.value)
