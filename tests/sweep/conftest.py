@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from trainer.sweep.place import Place
+
 ROOT = Path(__file__).resolve().parents[2]
+ACTOR = Path(__file__).with_name("actor.py")
 
 CONFIG = """
 def get_config(arg=""):
@@ -48,6 +51,19 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "experiment.py").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def acted(place, monkeypatch):
+    """The same, where launchers start `actor.py` in place of the trainer."""
+
+    def command(self, run):
+        config = self.path / "configs" / run.directory / "config.json"
+        return [sys.executable, str(ACTOR), str(config), str(self.directory(run))]
+
+    monkeypatch.setattr(Place, "command", command)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return place
 
 
 @pytest.fixture

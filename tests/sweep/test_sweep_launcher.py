@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,27 +23,16 @@ from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import Source
 from trainer.sweep.slots import Slot, make_slots
 
-ROOT = Path(__file__).resolve().parents[2]
-ACTOR = Path(__file__).with_name("actor.py")
 RATE = "optimizer.direction.learning_rate"
-
-
-class ActedPlace(Place):
-    """Starts the actor in place of the trainer."""
-
-    def command(self, run):
-        config = self.path / "configs" / run.directory / "config.json"
-        return [sys.executable, str(ACTOR), str(config), str(self.directory(run))]
 
 
 class Sweep:
     """One experiment of two arms and two seeds, launched as often as a test likes."""
 
-    def __init__(self, monkeypatch, arms=None):
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    def __init__(self, arms=None):
         arms = arms or [Arm("low", {RATE: 1e-3}), Arm("high", {RATE: 1e-1})]
         self.experiment = Experiment(name="acted", config="small.py:8", arms=arms, scales={"smoke": Scale(seeds=2)})
-        self.place = ActedPlace("runs", "acted-smoke")
+        self.place = Place("runs", "acted-smoke")
         self.output = io.StringIO()
 
     def plan(self):
@@ -69,8 +57,8 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(place, monkeypatch):
-    return Sweep(monkeypatch)
+def sweep(acted):
+    return Sweep()
 
 
 @contextlib.contextmanager
@@ -233,20 +221,20 @@ def test_runs_that_another_process_is_at_are_waited_for_and_not_started_twice(sw
     assert sweep.starts().count(("low", 0)) == 1 and sweep.starts()[0] == ("low", 0)  # after the other one had saved
 
 
-def test_a_start_without_an_end_is_closed_and_the_content_by_run_is_that_of_a_quiet_sweep(sweep, monkeypatch):
+def test_a_start_without_an_end_is_closed_and_the_content_by_run_is_that_of_a_quiet_sweep(sweep):
     run = sweep.plan().runs[0]
     sweep.place.ledger.append("start", run=run.directory, arm=run.arm, seed=0, stage="compare", pid=2**22 + 1, host="elsewhere")
     assert sweep.launch() == 0
     assert sweep.ends()[0] == ("low", 0, "lost")
     disturbed = by_run(sweep.place.ledger.rows())
-    quiet = Sweep(monkeypatch)
-    quiet.place = ActedPlace("other", "acted-smoke")
+    quiet = Sweep()
+    quiet.place = Place("other", "acted-smoke")
     assert quiet.launch() == 0 and by_run(quiet.place.ledger.rows()) == disturbed
 
 
-def test_runs_of_one_program_start_one_after_the_other_until_it_is_compiled(place, monkeypatch):
+def test_runs_of_one_program_start_one_after_the_other_until_it_is_compiled(acted):
     arms = [Arm("only", {RATE: 1e-3})]
-    sweep = Sweep(monkeypatch, arms)
+    sweep = Sweep(arms)
     run = sweep.script("only", 0, "slow")
     assert sweep.launch(slots=2) == 0
     starts = [row["time"] for row in sweep.place.ledger.rows() if row["event"] == "start"]
@@ -266,17 +254,17 @@ def test_two_slots_run_two_arms_at_once_on_processors_of_their_own(sweep):
     assert {tuple(line["cpus"]) for line in _lines(sweep)} == {slot.cpus for slot in slots}
 
 
-def test_a_tuned_arm_is_compared_with_the_point_that_its_tuning_runs_chose(place, monkeypatch):
+def test_a_tuned_arm_is_compared_with_the_point_that_its_tuning_runs_chose(acted):
     arms = [Arm("tuned", tune=Tuning(space=axis(RATE, [1e-3, 1e-2]), seeds=[100])), Arm("fixed", {RATE: 1e-4})]
-    sweep = Sweep(monkeypatch, arms)
+    sweep = Sweep(arms)
     assert sweep.launch() == 0
     assert sweep.starts() == [("tuned", 100), ("tuned", 100), ("fixed", 0), ("fixed", 1), ("tuned", 0), ("tuned", 1)]
     assert sweep.plan().choices[0].chosen == "learning_rate=0.001" and sweep.plan().later == 0
 
 
-def test_a_tuning_run_that_failed_for_good_is_not_chosen_and_does_not_hold_up_the_comparison(place, monkeypatch):
+def test_a_tuning_run_that_failed_for_good_is_not_chosen_and_does_not_hold_up_the_comparison(acted):
     arms = [Arm("tuned", tune=Tuning(space=axis(RATE, [1e-3, 1e-2]), seeds=[100])), Arm("fixed", {RATE: 1e-4})]
-    sweep = Sweep(monkeypatch, arms)
+    sweep = Sweep(arms)
     best = next(run for run in sweep.plan().runs if run.point == "learning_rate=0.001")
     sweep.place.runs.mkdir()
     (sweep.place.runs / f"{best.directory}.script").write_text("data")
@@ -290,8 +278,8 @@ def test_a_tuning_run_that_failed_for_good_is_not_chosen_and_does_not_hold_up_th
     assert sweep.starts()[before:] == [("tuned", 100), ("tuned", 0), ("tuned", 1)]
 
 
-def test_where_every_point_of_a_tuning_failed_nothing_is_chosen(place, monkeypatch):
-    sweep = Sweep(monkeypatch, [Arm("tuned", tune=Tuning(space=axis(RATE, [1e-3]), seeds=[100])), Arm("fixed", {RATE: 1e-4})])
+def test_where_every_point_of_a_tuning_failed_nothing_is_chosen(acted):
+    sweep = Sweep([Arm("tuned", tune=Tuning(space=axis(RATE, [1e-3]), seeds=[100])), Arm("fixed", {RATE: 1e-4})])
     run = next(run for run in sweep.plan().runs if run.stage == "tune")
     sweep.place.runs.mkdir()
     (sweep.place.runs / f"{run.directory}.script").write_text("data")
@@ -347,13 +335,13 @@ def _lines(sweep):
 # ---- runs that start from other runs
 
 
-def students(monkeypatch):
+def students():
     """A donor for each seed, named last, and an arm that needs it."""
-    return Sweep(monkeypatch, [Arm("student", {"train.teacher.run": RunOf("donor"), RATE: 1e-3}), Arm("donor", {RATE: 1e-2})])
+    return Sweep([Arm("student", {"train.teacher.run": RunOf("donor"), RATE: 1e-3}), Arm("donor", {RATE: 1e-2})])
 
 
-def test_a_run_waits_for_the_one_that_it_starts_from_although_a_slot_is_free(place, monkeypatch):
-    sweep = students(monkeypatch)
+def test_a_run_waits_for_the_one_that_it_starts_from_although_a_slot_is_free(acted):
+    sweep = students()
     for seed in (0, 1):
         sweep.script("donor", seed, "slow")
     assert sweep.launch(slots=2) == 0
@@ -364,8 +352,8 @@ def test_a_run_waits_for_the_one_that_it_starts_from_although_a_slot_is_free(pla
     assert sweep.launch() == 0 and len(sweep.starts()) == before
 
 
-def test_where_the_donor_is_lost_the_run_fails_without_being_started(place, monkeypatch):
-    sweep = students(monkeypatch)
+def test_where_the_donor_is_lost_the_run_fails_without_being_started(acted):
+    sweep = students()
     sweep.script("donor", 0, "diverge")
     assert sweep.launch(slots=2) == 1
     assert ("student", 0) not in sweep.starts() and ("student", 1) in sweep.starts()

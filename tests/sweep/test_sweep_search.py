@@ -21,8 +21,6 @@ from trainer.sweep.search import INVALID, Study, check
 from trainer.sweep.search_launcher import SearchLauncher, check_points, plan_of
 from trainer.sweep.slots import Slot
 
-ROOT = Path(__file__).resolve().parents[2]
-ACTOR = Path(__file__).with_name("actor.py")
 RATE = "optimizer.direction.learning_rate"
 
 
@@ -32,21 +30,12 @@ def optuna():
     return pytest.importorskip("optuna", reason="Optuna is not installed (extra: sweep)")
 
 
-class ActedPlace(Place):
-    """Starts the actor in place of the trainer."""
-
-    def command(self, run):
-        config = self.path / "configs" / run.directory / "config.json"
-        return [sys.executable, str(ACTOR), str(config), str(self.directory(run))]
-
-
 @pytest.fixture
-def launch(place, monkeypatch):
+def launch(acted):
     """A function from a search to its exit code and study; the acted loss is lowest at a rate of 1e-3."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(search, slots=1, **rest):
-        there = ActedPlace("runs", f"{search.name}-search")
+        there = Place("runs", f"{search.name}-search")
         output = io.StringIO()
         launcher = SearchLauncher(there, [Slot(i) for i in range(slots)], Display(there, output), **rest)
         study = Study(search, there.path)

@@ -21,24 +21,10 @@ from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import Source, read
 
-ROOT = Path(__file__).resolve().parents[2]
-ACTOR = Path(__file__).with_name("actor.py")
-
 
 @pytest.fixture
-def sweep(place, monkeypatch):
+def sweep(acted):
     """The place and a function to the plan of the small experiment with acted runs."""
-
-    def command(self, run):
-        return [
-            sys.executable,
-            str(ACTOR),
-            str(self.path / "configs" / run.directory / "config.json"),
-            str(self.directory(run)),
-        ]
-
-    monkeypatch.setattr(Place, "command", command)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return Place("runs", "small-smoke"), lambda: make_plan(read("experiment.py"), "smoke")
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -27,17 +26,7 @@ from trainer.sweep.slots import Slot
 submitit = pytest.importorskip("submitit", reason="submitit is not installed (extra: sweep)")
 from trainer.sweep import submitted  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-ACTOR = Path(__file__).with_name("actor.py")
 RATE = "optimizer.direction.learning_rate"
-
-
-class ActedPlace(Place):
-    """Starts the actor in place of the trainer."""
-
-    def command(self, run):
-        config = self.path / "configs" / run.directory / "config.json"
-        return [sys.executable, str(ACTOR), str(config), str(self.directory(run))]
 
 
 class Sweep:
@@ -47,7 +36,7 @@ class Sweep:
         self.experiment = Experiment(
             name="acted", config="small.py:8", arms=[Arm("only", {RATE: 1e-3})], scales={"smoke": Scale(seeds=2)}
         )
-        self.place = ActedPlace(runs, "acted-smoke")
+        self.place = Place(runs, "acted-smoke")
         self.output = io.StringIO()
 
     def plan(self):
@@ -75,8 +64,7 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(place, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def sweep(acted):
     return Sweep()
 
 
@@ -271,23 +259,21 @@ def test_what_a_scheduler_refuses_is_said_in_its_words(sweep, monkeypatch):
         sweep.launch()
 
 
-def test_a_search_hands_its_trials_to_a_cluster(place, monkeypatch):
+def test_a_search_hands_its_trials_to_a_cluster(acted):
     pytest.importorskip("optuna", reason="Optuna is not installed (extra: sweep)")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     search = Search(name="rates", config="small.py:4", space={RATE: LogUniform(1e-5, 1.0)}, trials=3, startup=3, prune=False)
-    there = ActedPlace("runs", "rates-search")
+    there = Place("runs", "rates-search")
     slots = submitted.make_submitted_slots(2, {"cluster": "local"}, there.path / "submitit")
     study = Study(search, there.path)
     assert SearchLauncher(there, slots, Display(there, io.StringIO())).search(search, study) == 0
     assert study.counts() == {"complete": 3}
 
 
-def test_a_search_that_was_killed_waits_for_the_job_of_its_trial(place, monkeypatch):
+def test_a_search_that_was_killed_waits_for_the_job_of_its_trial(acted, monkeypatch):
     pytest.importorskip("optuna", reason="Optuna is not installed (extra: sweep)")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("ACTOR_WORD", "crawl")
     search = Search(name="rates", config="small.py:8", space={RATE: LogUniform(1e-5, 1.0)}, trials=2, startup=2, prune=False)
-    there = ActedPlace("runs", "rates-search")
+    there = Place("runs", "rates-search")
     slots = submitted.make_submitted_slots(1, {"cluster": "local"}, there.path / "submitit")
     output = io.StringIO()
     with pytest.raises(Killed):

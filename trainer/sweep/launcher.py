@@ -183,14 +183,7 @@ class Launcher:
                 self.active.remove(done)
                 if self._reap(done, failed):
                     waiting.insert(0, done.run)
-            for name, (run, start) in list(self.foreign.items()):
-                found = outcome(self.place.directory(run), run.steps)
-                if not self._at_it(run, found, start):
-                    del self.foreign[name]
-                    if found.ended:
-                        self._end(run, found, None)
-                    else:
-                        waiting.insert(0, run)
+            self._take_back(waiting)
             if stopping:
                 if not self.active:
                     return len(waiting) + len(self.foreign) + self.interrupted
@@ -202,6 +195,20 @@ class Launcher:
             self.display.update([(entry.run, entry.slot.index) for entry in self.active], len(waiting), len(self.foreign))
             time.sleep(POLL)
         return self.interrupted
+
+    def _take_back(self, waiting: list[Run]) -> list[Run]:
+        """The runs that ended at another process since the last look; what it left unfinished is first in line."""
+        ended = []
+        for name, (run, start) in list(self.foreign.items()):
+            found = outcome(self.place.directory(run), run.steps)
+            if not self._at_it(run, found, start):
+                del self.foreign[name]
+                if found.ended:
+                    self._end(run, found, None)
+                    ended.append(run)
+                else:
+                    waiting.insert(0, run)
+        return ended
 
     def _drop_orphans(self, plan: Plan, waiting: list[Run], failed: set[str]) -> None:
         """Note which runs others may start from by now, and end those whose own will not be there."""

@@ -123,15 +123,8 @@ class SearchLauncher(Launcher):
                     self._tell(done.run)
             for entry in self.active:
                 self._watch(entry)
-            for name, (run, start) in list(self.foreign.items()):
-                found = outcome(self.place.directory(run), run.steps)
-                if not self._at_it(run, found, start):
-                    del self.foreign[name]
-                    if found.ended:
-                        self._end(run, found, None)
-                        self._tell(run)
-                    else:
-                        waiting.insert(0, run)
+            for run in self._take_back(waiting):
+                self._tell(run)
             if stopping:
                 if not self.active:
                     return
