@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 
@@ -122,6 +123,51 @@ def test_kernels_in_the_full_product(problem, row_rms, op, length, sequences, dt
 @pytest.mark.parametrize("keys", ["correlated", "identical"])
 def test_reflections_without_a_decay_keep_their_digits(problem, row_rms, op, dtype, keys):
     check_kernels(problem, row_rms, op, 65, "one", dtype, 16, 8, ((keys, "zero", "two"),))
+
+
+@needs_jax
+@pytest.mark.hopper
+@pytest.mark.skipif(ON_GPU, reason="the interpreter runs on a CPU")
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_race_is_an_error_whichever_kernel_of_several_has_it(ordered):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def body(out, shared, barrier, *, ordered):
+        thread = jax.lax.axis_index("thread")
+
+        @pl.when(thread == 0)
+        def write():
+            shared[...] = jnp.ones((128,), jnp.float32)
+
+        if ordered:
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+
+        @pl.when(thread == 1)
+        def read():
+            out[...] = shared[...] + 1.0
+
+    def kernel(ordered):
+        return plgpu.kernel(
+            functools.partial(body, ordered=ordered),
+            out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+            scratch_types=[plgpu.SMEM((128,), jnp.float32), plgpu.Barrier(num_arrivals=2)],
+            num_threads=2,
+            thread_name="thread",
+            interpret=interpreter.parameters(),
+        )
+
+    def run():
+        with interpreter.session():
+            jax.block_until_ready(kernel(ordered)())
+            jax.block_until_ready(kernel(True)())  # what JAX keeps of it says nothing of the kernel before
+
+    if ordered:
+        run()
+    else:
+        with pytest.raises(RuntimeError, match="a kernel has a race"):
+            run()
 
 
 def call_of(**changes):

@@ -27,14 +27,22 @@ UNDAMPED = (("identical", "zero", "two"),)
 TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (5e-3, 8e-3)}
 UNDAMPED_TOLERANCE = {"float32": (2e-5, 5e-5), "bfloat16": TOLERANCE["bfloat16"]}
 COVERING = [
-    # op, length, sequences, chunk size, dtype
-    ("linear_attention", 33, "segments", 16, "float32"),
-    ("simple_gla", 40, "segments", 16, "bfloat16"),
-    ("gla", 40, "segments", 16, "float32"),
-    ("gated_delta_rule", 40, "segments", 32, "float32"),
-    ("kda", 33, "one", 32, "bfloat16"),
-    ("delta_rule", 65, "one", 32, "bfloat16"),
-    ("gated_delta_rule", 65, "segments", 32, "bfloat16"),
+    # op, length, sequences, chunk size, dtype, heads of k (of v twice as many)
+    ("linear_attention", 33, "segments", 16, "float32", 1),
+    ("simple_gla", 40, "segments", 16, "bfloat16", 1),
+    ("gla", 40, "segments", 16, "float32", 1),
+    ("gated_delta_rule", 40, "segments", 32, "float32", 1),
+    ("kda", 33, "one", 32, "bfloat16", 1),
+    ("delta_rule", 65, "one", 32, "bfloat16", 1),
+    ("gated_delta_rule", 65, "segments", 32, "bfloat16", 1),
+    # Grid steps of other heads: three of six, or two of four, a step.
+    ("simple_gla", 40, "segments", 32, "float32", 3),
+    ("kda", 33, "segments", 16, "float32", 2),
+    # Chunks of the size that runs on a TPU; what is left of the second one is one token.
+    ("delta_rule", 129, "one", None, "float32", 1),
+    ("gla", 70, "segments", 64, "bfloat16", 1),
+    ("retention", 70, "one", 64, "float32", 1),
+    ("lightnet", 40, "segments", 32, "float32", 1),
 ]
 EVERYTHING = list(itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), (32, None), ("float32", "bfloat16")))
 
@@ -47,10 +55,12 @@ def check_kernel(
     sequences: str,
     chunk_size: int | None,
     dtype: str,
+    heads: int = 1,
     regimes=REGIMES,
     tolerance=TOLERANCE,
 ) -> None:
-    given = problem(op, length, sequences, key_size=16, value_size=8, regimes=regimes).cast(jnp.dtype(dtype))
+    sizes = {"heads": heads, "value_heads": 2 * heads, "key_size": 16, "value_size": 8}
+    given = problem(op, length, sequences, **sizes, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
     weight = np.random.default_rng(0).standard_normal(given.arrays[2].shape).astype(np.float32)
 
@@ -74,9 +84,11 @@ def check_kernel(
         assert row_rms(found, wanted) < backward
 
 
-@pytest.mark.parametrize("op,length,sequences,chunk_size,dtype", COVERING)
-def test_interpreted_kernels_are_close_to_the_float64_recurrence(problem, row_rms, op, length, sequences, chunk_size, dtype):
-    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype)
+@pytest.mark.parametrize("op,length,sequences,chunk_size,dtype,heads", COVERING)
+def test_interpreted_kernels_are_close_to_the_float64_recurrence(
+    problem, row_rms, op, length, sequences, chunk_size, dtype, heads
+):
+    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype, heads)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,7 @@ def test_interpreted_kernels_are_close_to_the_float64_recurrence(problem, row_rm
     [("delta_rule", "float32"), ("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")],
 )
 def test_reflections_along_one_key_keep_their_digits(problem, row_rms, op, dtype):
-    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, UNDAMPED, UNDAMPED_TOLERANCE)
+    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, 1, UNDAMPED, UNDAMPED_TOLERANCE)
 
 
 @pytest.mark.full
