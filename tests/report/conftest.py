@@ -85,7 +85,7 @@ class Planted:
     def plan(self, found: Experiment | None = None, scale: str = "smoke"):
         """Of an experiment; without one that of the file."""
         source = Source(found, Path("planted.py"), "") if found else read("planted.py")
-        return make_plan(source, scale, score=self.place.score(source.experiment.metric))
+        return make_plan(source, scale, score=self.place.score(source.experiment.metric), runs_at=self.place.runs)
 
     def write(self, run, losses, *, state="finished", environment=None, message="", arrays=False):
         """A run directory with one val and one train row a step."""

@@ -322,6 +322,19 @@ def test_the_json_has_every_number_and_all_that_is_needed_to_run_it_again(plante
     assert again == [f"python -m trainer.{what} planted.py --scale smoke" for what in ("sweep", "report")]
 
 
+def test_it_names_runs_that_others_start_from_where_sweeps_keep_them_and_no_directory_of_this_machine(planted, make_experiment):
+    from trainer.sweep import RunOf
+
+    found = make_experiment(arms=[Arm("a"), Arm("b", {"init_from.run": RunOf("a")})])
+    plan = planted.write_all(BETTER, found)
+    assert str(planted.place.runs) in plan.runs[-1].config and str(planted.place.runs) in plan.runs[-1].command
+    report = report_of(planted, plan)
+    text = json.dumps(to_json(report)) + markdown.render(report, []) + page.render(report, [])
+    donor = next(run.directory for run in plan.runs if run.arm == "a" and run.seed == 0)
+    assert f"--config.init_from.run=runs/{donor}" in text and str(planted.root) not in text
+    assert not [warning for warning in report.warnings if "than planned" in warning]
+
+
 def test_the_changes_of_a_code_that_no_revision_names_are_in_the_json(planted):
     source = {"revision": "b" * 40, "diff": "+x\n+y", "untracked": ["new.py"]}
     environment = {"packages": {}, "source": source, "data": {"kind": "text", "fingerprint": "f" * 64}}

@@ -21,7 +21,7 @@ from trainer.sweep.ledger import last_ends
 from trainer.sweep.needs import with_needed
 from trainer.sweep.outcome import Outcome, outcome
 from trainer.sweep.place import Place, read_plan, rules_of
-from trainer.sweep.plan import Choice, Plan, make_plan
+from trainer.sweep.plan import Choice, Plan, Run, make_plan
 from trainer.sweep.reading import read
 from trainer.sweep.space import label, read_seeds
 
@@ -215,6 +215,8 @@ def of_plan(plan: Plan, place: Place) -> Results:
         for run in plan.runs
     ]
     notes = [*plan.notes, *_foreign_configs(records), *changed_rules(plan, rows)]
+    for run, record in zip(plan.runs, records, strict=True):
+        record.config, record.command = json.loads(_anywhere(run.config, run, place)), _anywhere(run.command, run, place)
     here = {arm.name for arm in plan.arms}
     untested = [claim.statement for claim in plan.claims if not {claim.arm, claim.against} <= here]
     if plan.changes:
@@ -248,6 +250,13 @@ def of_plan(plan: Plan, place: Place) -> Results:
         command=f"{' '.join([f'python -m trainer.sweep {asked}', *flags])}\npython -m trainer.report {known}",
         rules=rules_of(plan),
     )
+
+
+def _anywhere(text: str, run: Run, place: Place) -> str:
+    """What names other runs, with their directories where sweeps keep them by default: a report is read on other machines."""
+    for name in run.needs:
+        text = text.replace(f"{place.runs}/{name}", f"runs/{name}")
+    return text
 
 
 def _record(directory: Path, found: Outcome, **fields: Any) -> Record:
