@@ -357,7 +357,7 @@ def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]],
             ring = dict(color=look["color"], fillstyle="none", linestyle="", markersize=10)
             axis.plot([x], [dict(means)[x]], "o", label=None if ringed else "chosen by tuning", **ring)
             ringed = True
-    if xs and min(xs) > 0 and max(xs) / min(xs) > 5:
+    if xs and min(xs) > 0 and max(xs) / min(xs) >= 4:  # as of three values by factors of two
         axis.set_xscale("log")
         if len(tried := sorted(set(xs))) <= 12:  # the values themselves, whose powers of ten would run into each other
             axis.set_xticks(tried, [f"{x:g}" for x in tried], rotation=45)
