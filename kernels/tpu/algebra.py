@@ -71,11 +71,16 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """float32 to the nearest bfloat16, in float32."""
+    return halves(x)[0].astype(jnp.float32)
+
+
 def sums(chosen: jax.Array, x: jax.Array) -> jax.Array:
     """Sums of the rows of x [C,D] that each row of `chosen`, bool [C,C], names. Exact up to the order of float32 additions."""
     ones = chosen.astype(jnp.float32).astype(jnp.bfloat16)
-    rounded = Products(1)
-    return sum(rounded.nn(ones, part) for part in pieces(x))
+    dots = Products(1)
+    return sum(dots.nn(ones, part) for part in pieces(x))
 
 
 class Grid(NamedTuple):
@@ -201,13 +206,23 @@ class VectorDecay:
         return found
 
     def pull(self, dots: Products, d: jax.Array, a: jax.Array, b: jax.Array, scores: jax.Array) -> tuple:
-        """Cotangents of a, b and G [C,K] for that of the scores; the diagonal does not depend on G."""
-        da, db = jnp.zeros_like(a), jnp.zeros_like(b)
+        """Cotangents of a, b and G [C,K] for that of the scores; the diagonal does not depend on G.
+
+        A pair of rows counts in G with either sign, and cancels wherever both rows are summed. Where operands are
+        rounded it must be of the rounded ones, or what is left of the pairs adds up over the chunk.
+        """
+        da, db, gate = jnp.zeros_like(a), jnp.zeros_like(b), jnp.zeros_like(a)
         for pairs, weight in self.levels:
-            corner = jnp.where(pairs, d, 0.0)
-            da += weight * dots.nn(corner, b * weight)
-            db += weight * dots.tn(corner, a * weight)
-        gate = a * da - b * db
+            corner, lower, upper = jnp.where(pairs, d, 0.0), a * weight, b * weight
+            if dots.pieces == 1:
+                lower, upper = rounded(lower), rounded(upper)
+            down, up = dots.nn(corner, upper), dots.tn(corner, lower)
+            da += weight * down
+            db += weight * up
+            if dots.pieces == 1:
+                gate += lower * down - upper * up
+        if dots.pieces > 1:
+            gate = a * da - b * db
         diagonal = jnp.sum(jnp.where(self.grid.i == self.grid.j, d, 0.0), axis=1, keepdims=True)
         return da + diagonal * b, db + diagonal * a, gate
 

@@ -23,9 +23,11 @@ REGIMES = (
     ("correlated", "zero", "two"),
 )
 UNDAMPED = (("identical", "zero", "two"),)
-"""Nothing damps a rounding, and every token takes back what the last one wrote."""
 TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (5e-3, 8e-3)}
-UNDAMPED_TOLERANCE = {"float32": (2e-5, 5e-5), "bfloat16": TOLERANCE["bfloat16"]}
+"""Of the forward pass and of gradients, by row."""
+REFLECTIONS = {"correlated": (6e-6, 1e-5), "identical": (4e-5, 5e-5)}
+"""In float32 where every token takes back twice what is there and no decay damps a rounding: it grows with the chunk and with
+T; docs/linear_attention.md."""
 COVERING = [
     # op, length, sequences, chunk size, dtype, heads of k (of v twice as many)
     ("linear_attention", 33, "segments", 16, "float32", 1),
@@ -47,6 +49,14 @@ COVERING = [
 EVERYTHING = list(itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), (32, None), ("float32", "bfloat16")))
 
 
+def tolerance(op: str, regime: tuple[str, str, str], dtype: str) -> tuple[float, float]:
+    """Of the forward pass and of gradients."""
+    keys, gate, write = regime
+    decay, delta = GATES[op]
+    reflects = delta and write == "two" and (decay == "none" or gate == "zero")
+    return REFLECTIONS[keys] if reflects and dtype == "float32" else TOLERANCE[dtype]
+
+
 def check_kernel(
     problem,
     row_rms,
@@ -57,7 +67,6 @@ def check_kernel(
     dtype: str,
     heads: int = 1,
     regimes=REGIMES,
-    tolerance=TOLERANCE,
 ) -> None:
     sizes = {"heads": heads, "value_heads": 2 * heads, "key_size": 16, "value_size": 8}
     given = problem(op, length, sequences, **sizes, regimes=regimes).cast(jnp.dtype(dtype))
@@ -77,11 +86,15 @@ def check_kernel(
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         expected, expected_slopes = gradients(exact, backend="reference")
-    forward, backward = tolerance[dtype]
-    for found, wanted in zip(results, expected, strict=True):
-        assert row_rms(found, wanted) < forward
-    for found, wanted in zip(slopes, expected_slopes, strict=True):
-        assert row_rms(found, wanted) < backward
+    if length == 1 and dtype == "bfloat16":  # a row of a gate's gradient is two numbers then, and a sum of few may cancel
+        parts = [(slice(None), regimes[0])]
+    else:
+        parts = [(slice(row, row + 1), regime) for row, regime in enumerate(regimes)]
+    for rows, regime in parts:
+        forward, backward = tolerance(op, regime, dtype)
+        bounds = [forward] * len(results) + [backward] * len(slopes)
+        for found, wanted, bound in zip(results + slopes, expected + expected_slopes, bounds, strict=True):
+            assert row_rms(*(np.reshape(x[rows], (1, -1)) for x in (found, wanted))) < bound, regime
 
 
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype,heads", COVERING)
@@ -96,7 +109,7 @@ def test_interpreted_kernels_are_close_to_the_float64_recurrence(
     [("delta_rule", "float32"), ("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")],
 )
 def test_reflections_along_one_key_keep_their_digits(problem, row_rms, op, dtype):
-    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, 1, UNDAMPED, UNDAMPED_TOLERANCE)
+    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, regimes=UNDAMPED)
 
 
 @pytest.mark.full

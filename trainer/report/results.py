@@ -335,7 +335,7 @@ def _flat_difference(one: Any, two: Any, path: str = "") -> set[str]:
 def _shared_machine(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Seconds of runs that ran side by side are not those of a run alone."""
     metrics = [plan.experiment.metric, *plan.experiment.also, *(claim.metric for claim in plan.claims)]
-    timed = any(metric is not None and metric.kind == "seconds_to" for metric in metrics)
+    timed = any(m is not None and (m.kind == "seconds_to" or m.name.startswith("timing.")) for m in metrics)
     slots = [row["slot"] for row in rows if row["event"] == "start" and "slot" in row]
     several = {slot.get("index", 0) for slot in slots if slot.get("cluster", "local") == "local"} - {0}
     if timed and several:
