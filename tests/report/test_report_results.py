@@ -279,6 +279,24 @@ def test_a_claim_whose_arm_is_tuned_elsewhere_says_so_wherever_it_is_shown(plant
     assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])
 
 
+@pytest.mark.parametrize(
+    "metric,slot,said",
+    [
+        (Metric(kind="seconds_to", target="a"), {"index": 1}, True),
+        (Metric("timing.step_seconds", split="train"), {"index": 1}, True),
+        (Metric("timing.step_seconds", split="train"), {"index": 0}, False),
+        (Metric("timing.step_seconds", split="train"), {"index": 1, "cluster": "slurm"}, False),  # a job of its own
+        (Metric("accuracy"), {"index": 1}, False),
+    ],
+)
+def test_seconds_of_runs_that_ran_side_by_side_are_said_to_be_no_ones_own(planted, make_experiment, metric, slot, said):
+    plan = planted.write_all(BETTER, make_experiment(also=[metric]))
+    for index, run in enumerate(plan.runs):
+        planted.place.ledger.append("start", run=run.directory, slot=slot if index else {"index": 0})
+    warnings = report_of(planted, plan).warnings
+    assert any("runs shared the machine with others" in warning for warning in warnings) is said
+
+
 # ---- measurements
 
 
