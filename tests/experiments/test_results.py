@@ -1,0 +1,32 @@
+"""The table of findings in `experiments/results/README.md` says what the reports beside it say."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
+PARTIAL = "recipes-laptop-part-1"
+"""Its claims are decided again, by more runs, in `recipes-laptop`."""
+
+
+def rows():
+    """A line of the table for every claim with a verdict."""
+    for path in sorted(RESULTS.glob("*/report.json")):
+        report = json.loads(path.read_text())
+        for claim in report["claims"]:
+            if claim["verdict"] == "no verdict" or path.parent.name == PARTIAL:
+                continue
+            name = f"[`{report['title']}`]({path.parent.name}/report.md)"
+            low, high = claim["interval95"]
+            difference = f"{claim['mean']:.3g} [{low:.3g}, {high:.3g}]" if low != high else "reached by no run of the arm"
+            yield f"| {name} | {claim['statement']} | {claim['metric']} | {claim['verdict']} | {difference} |"
+
+
+def test_the_table_of_findings_is_that_of_the_reports():
+    text = (RESULTS / "README.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("| [`")]
+    assert table == list(rows())
+
+
+def test_no_report_names_a_directory_of_the_machine_that_made_it():
+    for path in RESULTS.glob("*/report.*"):
+        assert "/tmp/" not in path.read_text() and "/home/" not in path.read_text(), path
