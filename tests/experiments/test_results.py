@@ -17,7 +17,8 @@ def rows():
                 continue
             name = f"[`{report['title']}`]({path.parent.name}/report.md)"
             low, high = claim["interval95"]
-            difference = f"{claim['mean']:.3g} [{low:.3g}, {high:.3g}]" if low != high else "reached by no run of the arm"
+            reached = claim.get("missed", [0])[0] < claim["pairs"]
+            difference = f"{claim['mean']:.3g} [{low:.3g}, {high:.3g}]" if reached else "reached by no run of the arm"
             yield f"| {name} | {claim['statement']} | {claim['metric']} | {claim['verdict']} | {difference} |"
 
 
