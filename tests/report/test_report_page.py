@@ -100,6 +100,18 @@ def test_numbers_over_layers_are_drawn_as_heat_maps_and_a_grid_of_rates_as_a_u_c
     assert "1 at 0.01" in u_curve.alt and "0.3" not in u_curve.alt.replace("0.3,", "")
 
 
+def test_arms_with_curves_have_colours_of_their_own_however_many_arms_have_none(planted, make_experiment):
+    """Measurements have one row each, and no curve."""
+    arms = [Arm(name, {"optimizer.direction.learning_rate": 0.1 + 0.01 * k}) for k, name in enumerate("abcdefghi")]
+    plan = planted.plan(make_experiment(arms=arms, claims=[]))
+    for run in plan.runs:
+        planted.write(run, [4.0, 3.0, 2.0] if run.arm in "ai" else [2.0])
+    drawings = {drawing.name: drawing.svg for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    for name in ("curve-val-loss", "speed"):
+        colours = re.findall(r'<path d="[^"]+"[^>]*style="[^"]*stroke: (#[0-9a-f]{6})', drawings[name])
+        assert {"#0072b2", "#d55e00"} <= set(colours), name
+
+
 def test_quantiles_over_layers_are_drawn_as_a_heat_map_of_the_middle_one(planted):
     from trainer.metrics.jsonl import MetricsWriter
     from trainer.report.figures import _arrays

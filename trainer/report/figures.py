@@ -87,6 +87,17 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
 
 
+def _looks(results: Results) -> dict[str, dict[str, Any]]:
+    """Of arms, the same in every figure of curves. Those that have curves come first: they take colours of their own."""
+
+    def curved(arm: str) -> bool:
+        runs = _with_curve(results, arm)
+        return any(len(_shared_curve(runs, split, name)[0]) > 1 for split, name in _curve_names(results))
+
+    names = sorted((arm.name for arm in results.arms), key=lambda name: not curved(name))
+    return {name: _look(index) for index, name in enumerate(names)}
+
+
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
@@ -125,15 +136,16 @@ def _curves(results: Results, split: str, name: str) -> Drawing | None:
     title = f"{split} {name}"
     figure, axes = _figure(f"{title}, mean over seeds with 95 % interval")
     axis, drawn, smallest = axes[0, 0], 0, math.inf
-    for index, arm in enumerate(results.arms):
+    looks = _looks(results)
+    for arm in results.arms:
         steps, values = _shared_curve(_with_curve(results, arm.name), split, name)
         if len(steps) < 2:
             continue
         drawn += 1
         smallest = min(smallest, float(values.min()))
-        axis.plot(steps, values.mean(0), label=f"{arm.name} (n = {len(values)})", linewidth=1.4, **_look(index))
+        axis.plot(steps, values.mean(0), label=f"{arm.name} (n = {len(values)})", linewidth=1.4, **looks[arm.name])
         if band := _band(values):
-            axis.fill_between(steps, *band, color=_look(index)["color"], alpha=0.18, linewidth=0)
+            axis.fill_between(steps, *band, color=looks[arm.name]["color"], alpha=0.18, linewidth=0)
     if not drawn:
         return None
     axis.set_xlabel("step")
@@ -194,8 +206,8 @@ def _speed(results: Results) -> Drawing | None:
     if not (math.isfinite(start) and math.isfinite(end)) or start == end:
         return None
     figure, axes = _figure(f"steps to a {metric.split} {metric.name}, mean over seeds")
-    axis, targets = axes[0, 0], np.linspace(start, end, 60)
-    for index, arm in enumerate(results.arms):
+    axis, targets, looks = axes[0, 0], np.linspace(start, end, 60), _looks(results)
+    for arm in results.arms:
         if arm.name not in curves:
             continue
         points = []
@@ -204,7 +216,7 @@ def _speed(results: Results) -> Drawing | None:
             if all(step is not None for step in steps):
                 points.append((float(target), float(np.mean(steps))))
         if points:
-            axis.plot(*np.array(points).T, label=arm.name, linewidth=1.4, **_look(index))
+            axis.plot(*np.array(points).T, label=arm.name, linewidth=1.4, **looks[arm.name])
     axis.set_xlabel(f"{metric.split} {metric.name} reached by all seeds")
     axis.set_ylabel("steps")
     if metric.lower_is_better:
