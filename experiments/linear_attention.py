@@ -45,7 +45,7 @@ def recall_arms() -> list[Arm]:
             headline = pairs == MAIN and name in HEADLINE
             changes = {"model.mixer": mixer, "data.pairs": pairs}
             how = {"by_scale": {"smoke": {"data.pairs": pairs // 4}}, "scales": RECALL, "minutes": {"laptop": 1.2}}
-            tune = Tuning(space=axis(RATE, [0.01, 0.02, 0.04]), scales=["laptop"]) if pairs == MAIN else None
+            tune = Tuning(space=axis(RATE, [0.0025, 0.005, 0.01, 0.02, 0.04]), scales=["laptop"]) if pairs == MAIN else None
             arms.append(Arm(f"{name}, {pairs} pairs", changes, tune=tune, part=1 if headline else 2, **how))
     return arms
 

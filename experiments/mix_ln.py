@@ -51,7 +51,7 @@ def placement(name: str, **rest) -> dict:
 
 def get_experiment() -> Experiment:
     """Three headline arms, then every placement, alpha, and what the initial scales do."""
-    tune = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2]), scales=["laptop"])
+    tune = Tuning(space=axis(RATE, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]), scales=["laptop"])
     source = "arXiv:2412.13795, table of perplexities [table]"
     setting = "71 M parameters, 1.1 B tokens of C4"
     paper = text.corpus("c4", batch_size=512, sequence_length=256)

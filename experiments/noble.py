@@ -52,7 +52,7 @@ def schedule(steps: int) -> dict:
 
 def get_experiment() -> Experiment:
     """Three headline arms; equal parameters, rank, activation and the released code's settings after them."""
-    tune = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2]), scales=["laptop"])
+    tune = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2, 3e-2]), scales=["laptop"])
     hidden = {scale: {"model.ffn": {"name": "swiglu", "hidden": matched_hidden(*size)}} for scale, size in SIZES.items()}
     steps = Metric(kind="steps_to", target="dense", at="best")
     seconds = Metric(kind="seconds_to", target="dense", at="best")

@@ -42,9 +42,9 @@ def schedule(steps: int) -> dict:
 
 def get_experiment() -> Experiment:
     """Three headline arms."""
-    lmo = Tuning(space=axis(RATE, [0.005, 0.01, 0.02]), scales=["laptop"])
-    moonlight = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2]), scales=["laptop"])
-    muon = Tuning(space=axis(RATE, [0.005, 0.01, 0.02]), scales=["laptop"])
+    lmo = Tuning(space=axis(RATE, [0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
+    moonlight = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2, 3e-2]), scales=["laptop"])
+    muon = Tuning(space=axis(RATE, [0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
     steps = Metric(kind="steps_to", target="d-muon", at="best")
     seconds = Metric(kind="seconds_to", target="d-muon", at="best")
     each = Metric("timing.step_seconds", split="train", at="median", unit="s")
