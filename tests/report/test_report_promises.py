@@ -62,6 +62,30 @@ def test_whatever_of_a_claim_was_changed_after_the_first_run_is_named(planted, m
     assert len(said) == (words is not None) and all(words in text for text in said)
 
 
+def test_a_statement_about_other_arms_is_said_once_and_a_change_of_many_claims_too(planted, make_experiment):
+    arms = [Arm(name, {"optimizer.direction.learning_rate": 0.1 * k}) for k, name in enumerate("abc", start=1)]
+    rule = Rule(effect=0.5)
+
+    def of(against, seeds):
+        claims = [Claim(statement=f"{arm} wins", source="x", arm=arm, against=against, rule=rule) for arm in "bc"]
+        claims.append(Claim(statement="c beats b", source="x", arm="c", against="b", rule=rule))
+        return make_experiment(arms=arms, claims=claims, scales={"smoke": Scale(seeds=seeds)})
+
+    def said(now):
+        return next(w for w in report_of(planted, planted.plan(now)).warnings if "were changed after" in w)
+
+    plan = planted.plan(of("a", 5))
+    planted.place.write_plan(plan)
+    planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
+    more = said(of("a", 6))
+    assert more.count("seeds.c then") == 1 and "2 claims: seeds.c then" in more
+    other = [claim for claim in of("a", 5).claims if claim.arm == "b"]
+    other.append(Claim(statement="c wins", source="x", arm="c", against="b", rule=rule))
+    words = said(make_experiment(arms=arms, claims=other))
+    assert "c wins: then c against a, val loss (last), now c against b, val loss (last)" in words.replace(", nats", "")
+    assert words.count("c wins") == 1 and "then: c beats b (c against b" in words
+
+
 def test_a_ledger_of_an_earlier_version_is_compared_by_what_it_has(planted, make_experiment):
     ended(planted, make_experiment())
     path = planted.place.ledger.path

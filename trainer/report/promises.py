@@ -26,10 +26,20 @@ def changed_rules(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not plans or not plan.claims or not any(row["event"] == "end" for row in rows):
         return []
     first, now = ({_name(rule): rule for rule in rules} for rules in (plans[0]["rules"], rules_of(plan)))
-    words = [f"now: {name}: {rule['rule']}" for name, rule in now.items() if name not in first]
-    words += [f"then: {name}: {rule['rule']}" for name, rule in first.items() if name not in now]
-    for name in [name for name in now if name in first]:
-        words += [f"{name}: {change}" for change in _changes(first[name], now[name])]
+    pairs = [(first.pop(name), now.pop(name)) for name in list(now) if name in first]
+    words = []
+    for name, rule in list(now.items()):  # the same statement about other arms, or by another metric
+        alike = [other for other in first if first[other]["statement"] == rule["statement"]]
+        if len(alike) == 1 and first[alike[0]]["rule"] == rule["rule"]:
+            then = first.pop(alike[0])
+            words.append(f"{rule['statement']}: then {_compared(then)}, now {_compared(now.pop(name))}")
+    words += [f"now: {name}: {rule['rule']}" for name, rule in now.items()]
+    words += [f"then: {name}: {rule['rule']}" for name, rule in first.items()]
+    changes: dict[str, list[str]] = {}  # of which claims: a grid of rates is that of many
+    for then, rule in pairs:
+        for change in _changes(then, rule):
+            changes.setdefault(change, []).append(rule["statement"])
+    words += [f"{of[0] if len(of) == 1 else f'{len(of)} claims'}: {change}" for change, of in changes.items()]
     found = []
     if words:
         found.append(f"the claims or rules were changed after the sweep was first started ({'; '.join(words)})")
@@ -40,7 +50,11 @@ def changed_rules(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _name(rule: Mapping[str, Any]) -> str:
-    return f"{rule['statement']} ({rule['arm']} against {rule['against']}, {rule['metric']})"
+    return f"{rule['statement']} ({_compared(rule)})"
+
+
+def _compared(rule: Mapping[str, Any]) -> str:
+    return f"{rule['arm']} against {rule['against']}, {rule['metric']}"
 
 
 def _changes(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
