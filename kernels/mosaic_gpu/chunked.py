@@ -13,6 +13,7 @@ from kernels.mosaic_gpu.layout import Form, Size
 from kernels.mosaic_gpu.limits import TILE
 from kernels.reference.recurrence import per_token_gate
 from kernels.sequences import boundaries
+from kernels.xla.chunks import packed_chunks
 from kernels.xla.decay import FLOOR, cumulative, gate_gradient
 
 Arrays = dict[str, jax.Array]
@@ -27,14 +28,17 @@ def _chunks(
     g: jax.Array | None,
     beta: jax.Array | None,
     runs: jax.Array | None,
+    bounds: jax.Array | None,
     initial: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """q, k [B,T,H,K]; v [B,T,HV,V]; g [B,T,HV] or [B,T,HV,K]; beta [B,T,HV]; runs [B,T]; initial [B,HV,K,V]; whole tiles.
 
+    Packed: bounds [sequences + 1], the first chunk of every sequence, and where the last one ends; initial [sequences,HV,K,V].
+
     Returns:
-      o [B,T,HV,V] and the final state [B,HV,K,V].
+      o [B,T,HV,V] and the final states, as the initial ones.
     """
-    return forward(form, q, k, v, g, beta, runs, initial)[0]
+    return forward(form, q, k, v, g, beta, runs, bounds, initial)[0]
 
 
 def by_chunk(x: jax.Array) -> jax.Array:
@@ -65,12 +69,14 @@ def rows_of(form: Form, g: jax.Array | None, beta: jax.Array | None, runs: jax.A
     return jnp.stack([found[name] for name in form.rows], axis=3)
 
 
-def forward(form: Form, q, k, v, g, beta, runs, initial):
+def forward(form: Form, q, k, v, g, beta, runs, bounds, initial):
     """((o, final state), what `backward` needs) of the arguments of `_chunks`."""
     size = Size.of(k, v)
     arrays = {"q": q, "k": k, "v": v, "rows": rows_of(form, g, beta, runs, v), "initial": initial}
     if form.decay == "vector":
         arrays["g"] = jnp.maximum(g, FLOOR["float32"])
+    if form.packed:
+        arrays["bounds"] = bounds
     arrays |= {"read": q, "kept": k}
     arrays |= pairs.call(form, size, arrays)
     arrays |= split.forward(form, size, arrays)
@@ -109,7 +115,7 @@ def backward(form: Form, residuals, cotangents):
     if form.delta:
         dbeta = by_token(sums["beta"]) + jnp.sum(dv * v, axis=-1)
         dv = dv * beta[..., None]
-    return dq, dk, dv.astype(v.dtype), dg, dbeta, None, arrays["dinitial"]
+    return dq, dk, dv.astype(v.dtype), dg, dbeta, None, None, arrays["dinitial"]
 
 
 _chunks.defvjp(forward, backward)
@@ -127,6 +133,7 @@ def form_of(call: Call) -> Form:
         decay="scalar" if call.decay == "constant" else call.decay,
         delta=call.delta,
         segmented=call.segmented,
+        packed=call.sequences is not None,
         scale=call.scale,
         group=call.group,
         exact=call.dtype == "float32",
@@ -135,29 +142,37 @@ def form_of(call: Call) -> Form:
 
 
 def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
-    """The op by Hopper kernels. Returns o [B,T,HV,V] in the dtype of v, and the final state [B,HV,K,V].
+    """The op by Hopper kernels. Returns o [B,T,HV,V] in the dtype of v, and the final state [B or sequences,HV,K,V].
 
     First derivatives only: the backward kernels have none of their own. On a mesh, call within `jax.shard_map`.
     """
     form = form_of(call)
     behind = -call.length % TILE
+    runs = bounds = row = None
+    if tensors.segment_ids is not None:
+        # Rows behind the last token go on with its segment, so that its state is the one that leaves.
+        runs = jnp.cumsum(boundaries(tensors.segment_ids), axis=1, dtype=jnp.int32)
+        runs = jnp.pad(runs, ((0, 0), (0, behind)), mode="edge")
+    if tensors.cu_seqlens is not None:
+        packed, token, valid, row = packed_chunks(tensors.cu_seqlens, call.length, TILE)
+        # Chunks without a token are nobody's: what is kept of them is not written, and what is made of that is not read.
+        sequence = jnp.where(valid[::TILE], packed.sequence, call.sequences)
+        bounds = jnp.searchsorted(sequence, jnp.arange(call.sequences + 1)).astype(jnp.int32)
 
     def padded(x: jax.Array, *, channels: bool) -> jax.Array:
         width = [(0, -x.shape[-1] % TILE)] if channels else []
-        return jnp.pad(x, [(0, 0), (0, behind), (0, 0), *width])
+        if row is not None:
+            x = jnp.where(valid.reshape(1, -1, *(1,) * (x.ndim - 2)), x[:, token], 0)
+        return jnp.pad(x, [(0, 0), (0, behind if row is None else 0), (0, 0), *width])
 
     q, k, v = (padded(x, channels=True) for x in (tensors.q, tensors.k, tensors.v))
     g = per_token_gate(tensors.g, call)
     if g is not None:
         g = padded(g, channels=True) if form.decay == "vector" else padded(g[..., 0], channels=False)
     beta = None if tensors.beta is None else padded(tensors.beta.astype(jnp.float32), channels=False)
-    runs = None
-    if tensors.segment_ids is not None:
-        # Rows behind the last token go on with its segment, so that its state is the one that leaves.
-        runs = jnp.cumsum(boundaries(tensors.segment_ids), axis=1, dtype=jnp.int32)
-        runs = jnp.pad(runs, ((0, 0), (0, behind)), mode="edge")
     initial = tensors.initial_state
     initial = jnp.zeros(call.state_shape, jnp.float32) if initial is None else initial.astype(jnp.float32)
     initial = jnp.pad(initial, [(0, 0), (0, 0), (0, -call.key_size % TILE), (0, -call.value_size % TILE)])
-    o, final = _chunks(form, q, k, v, g, beta, runs, initial)
-    return o[:, : call.length, :, : call.value_size], final[:, :, : call.key_size, : call.value_size]
+    o, final = _chunks(form, q, k, v, g, beta, runs, bounds, initial)
+    o = o[:, : call.length] if row is None else o[:, row]
+    return o[..., : call.value_size], final[:, :, : call.key_size, : call.value_size]

@@ -43,6 +43,9 @@ SOURCES = (
 SHAPE = {"batch": 2, "length": 16384, "heads": 16, "key_size": 128, "value_size": 128}
 WIDE = {"value_size": 256}
 """Each form that is served is compiled with values of this size as well."""
+SEQUENCES = 32
+"""Of a packed row; everything is compiled for one as well."""
+VARIANTS = ("usual", "wide", "packed", "wide packed")
 SIZE_OF_FLOAT32_DELTA = 64
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
 DEVICE = """
@@ -74,7 +77,7 @@ platform_name: "CUDA"
 def source_hash() -> str:
     """Of everything that decides what is compiled."""
     text = b"".join((HERE / name).read_bytes() for name in SOURCES)
-    return hashlib.sha256(text + json.dumps([SHAPE, WIDE, SIZE_OF_FLOAT32_DELTA, FORMS]).encode()).hexdigest()[:16]
+    return hashlib.sha256(text + json.dumps([SHAPE, WIDE, SEQUENCES, SIZE_OF_FLOAT32_DELTA, FORMS]).encode()).hexdigest()[:16]
 
 
 def recorded() -> dict[str, Any]:
@@ -82,17 +85,21 @@ def recorded() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def runs(decay: str, delta: bool, dtype: str, wide: bool, sharding: Any) -> dict[str, Any]:
-    """The forward and the backward pass of one form, with segments, on shapes: name -> (function, arguments)."""
+def runs(decay: str, delta: bool, dtype: str, variant: str, sharding: Any) -> dict[str, Any]:
+    """The forward and the backward pass of one form, with segments or packed, on shapes: name -> (function, arguments)."""
     import jax
 
     from kernels.mosaic_gpu import chunked
     from kernels.mosaic_gpu.layout import Form
 
+    wide, packed = "wide" in variant, "packed" in variant
     batch, length, heads, key_size, value_size = (SHAPE | (WIDE if wide else {})).values()
     if dtype == "float32" and delta:
         key_size, value_size = SIZE_OF_FLOAT32_DELTA, value_size if wide else SIZE_OF_FLOAT32_DELTA
-    form = Form(decay, delta, True, key_size**-0.5, 1, dtype == "float32", None)
+    form = Form(decay, delta, not packed, packed, key_size**-0.5, 1, dtype == "float32", None)
+    states = batch
+    if packed:
+        batch, length, states = 1, batch * length, SEQUENCES
 
     def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -101,9 +108,10 @@ def runs(decay: str, delta: bool, dtype: str, wide: bool, sharding: Any) -> dict
     gate = array(batch, length, heads)
     g = {"none": None, "scalar": gate, "vector": array(*keys.shape)}[decay]
     beta = gate if delta else None
-    segments = array(batch, length, dtype="int32")
-    state = array(batch, heads, key_size, value_size)
-    inputs = (keys, keys, values, g, beta, segments, state)
+    segments = None if packed else array(batch, length, dtype="int32")
+    bounds = array(SEQUENCES + 1, dtype="int32") if packed else None
+    state = array(states, heads, key_size, value_size)
+    inputs = (keys, keys, values, g, beta, segments, bounds, state)
 
     def forward(*inputs: Any) -> Any:
         return chunked.forward(form, *inputs)
@@ -121,12 +129,12 @@ def name(decay: str, delta: bool) -> str:
     return f"{decay}_decay_{'delta_rule' if delta else 'additive'}"
 
 
-def cases(dtypes: Iterable[str], forms: Collection[str] = ()) -> Iterator[tuple[str, bool, str, bool]]:
-    """(decay, delta, dtype, wide) of all that is served, or of some forms."""
-    for (decay, delta), dtype, wide in itertools.product(FORMS, dtypes, (False, True)):
-        refused = wide and too_wide(decay, dtype, WIDE["value_size"])
+def cases(dtypes: Iterable[str], forms: Collection[str] = ()) -> Iterator[tuple[str, bool, str, str]]:
+    """(decay, delta, dtype, variant) of all that is served, or of some forms."""
+    for (decay, delta), dtype, variant in itertools.product(FORMS, dtypes, VARIANTS):
+        refused = "wide" in variant and too_wide(decay, dtype, WIDE["value_size"])
         if not refused and (not forms or name(decay, delta) in forms):
-            yield decay, delta, dtype, wide
+            yield decay, delta, dtype, variant
 
 
 def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, dict[str, int]]:
@@ -139,14 +147,14 @@ def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, di
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     found: dict[str, dict[str, int]] = {}
-    for decay, delta, dtype, wide in cases(dtypes, forms):
+    for decay, delta, dtype, variant in cases(dtypes, forms):
         with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-            for way, (run, arguments) in runs(decay, delta, dtype, wide, sharding).items():
+            for way, (run, arguments) in runs(decay, delta, dtype, variant, sharding).items():
                 shutil.rmtree(dump, ignore_errors=True)
                 dump.mkdir(parents=True)
                 jax.jit(run).lower(*arguments).compile()
                 for kernel, counts in report(dump).items():
-                    key = f"{kernel} {dtype}{' wide' if wide else ''}"
+                    key = f"{kernel} {dtype}{'' if variant == 'usual' else f' {variant}'}"
                     found[key] = counts
                     print(f"{way:8} {key:50} {counts['registers']:4} registers, {counts['spilled']} bytes spilled", flush=True)
     return found

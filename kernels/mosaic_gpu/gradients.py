@@ -44,6 +44,7 @@ from kernels.mosaic_gpu.tiles import (
     nt,
     put,
     read,
+    rounded,
     tn,
     zeros,
 )
@@ -89,7 +90,9 @@ class _ByChannel(NamedTuple):
     """The same under a decay by channel: products for every level of halves, a loop for each sum, or they would not fit the
     registers.
 
-    q, k: functions that bring the rows to registers.
+    q, k: functions that bring the rows to registers. cancelling: where operands are rounded to one piece, the begun sum of what
+    gates get. A pair counts there with either sign and cancels wherever both of its rows are summed; so it must be of the
+    rounded rows on both sides, or what is left of the pairs adds up over the chunk.
     """
 
     masks: Masks
@@ -102,11 +105,18 @@ class _ByChannel(NamedTuple):
     d: Operand
     r: Operand | None
     beta: Callable[[], jax.Array] | None
+    cancelling: Parked | None
 
     def _sum(
-        self, start: jax.Array, *products: tuple[Callable[[], jax.Array], Callable[[], jax.Array], Callable[..., Any]]
+        self,
+        start: jax.Array,
+        *products: tuple[Callable[[], jax.Array], Callable[[], jax.Array], Callable[..., Any]],
+        own: Callable[[], jax.Array] | None = None,
     ) -> jax.Array:
-        """`start`, and over levels and products of the part of the first that belongs to the level and the decayed second."""
+        """`start`, and over levels and products of the part of the first that belongs to the level and the decayed second.
+
+        own: with the sign that a pair has there, the rows whose products go to `cancelling`.
+        """
         corners, weighted = self.working
 
         def halve(level: Level, found: jax.Array) -> jax.Array:
@@ -115,7 +125,10 @@ class _ByChannel(NamedTuple):
                 put(corners, where(level.corner(self.masks), pairs_of()))
                 put(weighted, rows_of() * weight)
                 plgpu.commit_smem()
-                new = weight * dot(term(corners, weighted))
+                pulled = dot(term(corners, weighted))
+                if self.cancelling is not None:
+                    self.cancelling.add(rounded(own() * weight) * pulled)
+                new = weight * pulled
                 if self.parked is None:
                     (found,) = now(found + new)
                 else:
@@ -130,14 +143,14 @@ class _ByChannel(NamedTuple):
 
     def to_q(self, reached: jax.Array) -> jax.Array:
         """What q gets."""
-        return self._sum(reached, (lambda: read(self.d), self.k, nn))
+        return self._sum(reached, (lambda: read(self.d), self.k, nn), own=self.q)
 
     def to_column(self) -> jax.Array:
         """What k gets as the row that is read."""
         products = [(lambda: read(self.d), self.q, tn)]
         if self.r is not None:
             products.append((lambda: read(self.r) * self.beta(), self.k, tn))
-        return self._sum(zeros(), *products)
+        return self._sum(zeros(), *products, own=lambda: 0.0 - self.k())
 
     def to_row(self, reached: jax.Array) -> jax.Array:
         """What k gets as the row that reads, without beta."""
@@ -167,6 +180,7 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     """64 channels of one chunk of one head."""
     pool, barrier = Pool(form, refs.pool), refs.barriers[0].at[0]
     vector = form.decay == "vector"
+    cancel = vector and form.made == 1
     own = (refs.b, tokens(refs.n), refs.h)
     shared = (refs.b, tokens(refs.n), lax.div(refs.h, jnp.int32(form.group)))
     plgpu.copy_gmem_to_smem(refs.rows.at[(refs.b, refs.n, refs.h)], refs.rows_smem.at[0], barrier)
@@ -204,7 +218,8 @@ def body(form: Form, refs: SimpleNamespace) -> None:
     here = pool.next
     if vector:
         parked = pool.take() if form.exact else None
-        pairs_sums = _ByChannel(masks, chosen, gates, parked, pool.many(2, form.made), q_rows, k_rows, d, r, beta)
+        working = pool.many(2, form.made)
+        pairs_sums = _ByChannel(masks, chosen, gates, parked, working, q_rows, k_rows, d, r, beta, after if cancel else None)
     else:
         pairs_sums = _ByRow(pool, q, k, d, r, beta)
 
@@ -220,11 +235,16 @@ def body(form: Form, refs: SimpleNamespace) -> None:
 
     # One sum after the other, each at once: what is alive together must fit the registers.
     pool.back(here)
-    x = pairs_sums.to_q(reached("do", form.scale))
-    to_gates(q_rows() * x)
+    x = reached("do", form.scale)
+    if cancel:  # begins the sum that pairs are added to
+        to_gates(q_rows() * x)
+    x = pairs_sums.to_q(x)
+    if not cancel:
+        to_gates(q_rows() * x)
     keep(form, refs.dq, own, refs.k_tile, staging, x + by_row(refs.diagonal) * k_rows())
     x = pairs_sums.to_column()
-    to_gates(k_rows() * (0.0 - x))
+    if not cancel:
+        to_gates(k_rows() * (0.0 - x))
     dk.add(x + by_row(refs.diagonal) * q_rows())
     if form.delta:
         pool.back(here)

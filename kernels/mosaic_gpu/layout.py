@@ -24,6 +24,7 @@ class Form(NamedTuple):
     decay: str  # "none", "scalar" or "vector"
     delta: bool
     segmented: bool
+    packed: bool  # one row of the batch holds several sequences, each in chunks of its own
     scale: float
     group: int  # value heads a query head serves
     exact: bool  # float32 operands, as three bfloat16 pieces each; else bfloat16

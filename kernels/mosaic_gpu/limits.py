@@ -54,8 +54,6 @@ def refusal(call: Call) -> str | None:
         return f"the default device has compute capability {call.capability or 'unknown'}; the kernels need 9.0 (Hopper)"
     if call.dtype not in ("bfloat16", "float32"):
         return f"q, k, v are {call.dtype}; the kernels take bfloat16 and float32"
-    if call.sequences is not None:
-        return "cu_seqlens is not built into these kernels; segment_ids is"
     if call.chunk_size not in (None, TILE):
         return f"chunk_size = {call.chunk_size}; the kernels take {TILE}"
     if call.key_size > LARGEST_KEY_SIZE or call.value_size > LARGEST_VALUE_SIZE:

@@ -2,7 +2,7 @@
 
 What leaves a piece is affine in what enters it, F = M E + F0. So all pieces run at once from E = 0, which gives F0; a short
 scan over pieces gives every E; and all pieces run at once again from there. M is diagonal where nothing is erased, and else
-it is what the same kernel makes of E = I and v = 0.
+it is what the same kernel makes of E = I and v = 0. Packed sequences are pieces already, and none is split.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _passage(maps: jax.Array, own: jax.Array, start: jax.Array, count: int, *, r
 
 def forward(form: Form, size: Size, arrays: Arrays) -> Arrays:
     """As `states.forward`; with pieces also their `maps`, for the way back."""
-    count = pieces(size)
+    count = 1 if form.packed else pieces(size)
     if count == 1:
         return states.forward(form, size, arrays)
     part = size._replace(batch=size.batch * count, chunks=size.chunks // count)
@@ -99,7 +99,7 @@ def forward(form: Form, size: Size, arrays: Arrays) -> Arrays:
 
 def backward(form: Form, size: Size, arrays: Arrays) -> Arrays:
     """As `states.backward`."""
-    count = pieces(size)
+    count = 1 if form.packed else pieces(size)
     if count == 1:
         return states.backward(form, size, arrays)
     part = size._replace(batch=size.batch * count, chunks=size.chunks // count)

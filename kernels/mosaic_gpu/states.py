@@ -46,7 +46,8 @@ from kernels.mosaic_gpu.tiles import (
 class _Chunks:
     """The tiles of one chunk, twice where shared memory allows: the next one's are copied while one's are used.
 
-    keys: names of inputs with K columns; values: with the block's 64 columns of V; squares: 64 x 64.
+    keys: names of inputs with K columns; values: with the block's 64 columns of V; squares: 64 x 64. `row` of the batch has
+    the block's sequence, which takes `length` chunks of it from `begin` on.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class _Chunks:
     ):
         self.form, self.refs, self.values, self.squares = form, refs, values, squares
         self.count = refs.kept.shape[-1] // TILE
+        if form.packed:
+            self.row, self.begin = 0, refs.bounds[refs.s]
+            self.length = refs.bounds[refs.s + 1] - self.begin
+        else:
+            self.row, self.begin, self.length = refs.s, 0, refs.rows.shape[1]
         # Of equal operands, as are kept and entered without a decay by channel, one is there.
         self.keys = tuple(name for name in keys if hasattr(refs, name))
         self.starts, self.stride = {}, 0
@@ -84,8 +90,8 @@ class _Chunks:
         """Begin the copies of chunk n."""
         form, refs = self.form, self.refs
         barrier = refs.barriers[0].at[slot]
-        chunk, own = (refs.b, n, refs.h), (refs.b, tokens(n), refs.h)
-        shared = own if form.decay == "vector" else (refs.b, tokens(n), lax.div(refs.h, jnp.int32(form.group)))
+        chunk, own = (self.row, n, refs.h), (self.row, tokens(n), refs.h)
+        shared = own if form.decay == "vector" else (self.row, tokens(n), lax.div(refs.h, jnp.int32(form.group)))
         plgpu.copy_gmem_to_smem(refs.rows.at[chunk], refs.rows_smem.at[slot], barrier)
         if form.decay == "vector":
             for tile in range(self.count):
@@ -126,12 +132,14 @@ def _launch(
     body: Any,
     inputs: dict,
     outputs: dict,
+    *,
+    sequences: int,
     keys: int,
     values: int,
     squares: int,
     working: int,
 ) -> dict[str, jax.Array]:
-    """`keys`, `values`, `squares`: inputs of each kind; `working`: operands beside them."""
+    """`sequences`: rows of the states; `keys`, `values`, `squares`: inputs of each kind; `working`: operands beside them."""
     vector = form.decay == "vector"
     tiles = form.pieces * (keys * size.key_tiles + values) + form.made * squares
     copies = 1 + vector * size.key_tiles + (0 if form.exact else tiles)
@@ -139,7 +147,7 @@ def _launch(
         form,
         name,
         body,
-        grid={"v_tile": size.value_tiles, "h": size.heads, "b": size.batch},
+        grid={"v_tile": size.value_tiles, "h": size.heads, "s": sequences},
         inputs=inputs,
         outputs=outputs,
         pool=slots(form) * tiles + form.made * working,
@@ -152,14 +160,18 @@ def _launch(
 
 def _forward(form: Form, refs: SimpleNamespace) -> None:
     chunks = _Chunks(form, refs, ("kept", "entered"), ("v",), ("solved",) if form.delta else ())
-    pool, count = chunks.pool(), refs.v.shape[1] // TILE
+    pool, row = chunks.pool(), chunks.row
     entering, written = pool.many(chunks.count, form.made), pool.take(form.made)
     block = columns(refs.v_tile)
 
-    def chunk(n: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def issue(step: Any, slot: Any) -> None:
+        chunks.issue(chunks.begin + step, slot)
+
+    def chunk(step: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        n = chunks.begin + step
         rows = chunks.arrived(slot)
         for tile, x in enumerate(state):
-            keep_both(form, refs.states, (refs.b, n, refs.h, columns(tile)), refs.v_tile, entering[tile], x)
+            keep_both(form, refs.states, (row, n, refs.h, columns(tile)), refs.v_tile, entering[tile], x)
         w = read(chunks.at("v", slot))
         if form.delta:
             entered = chunks.across("entered" if "entered" in chunks.keys else "kept", slot)
@@ -167,33 +179,34 @@ def _forward(form: Form, refs: SimpleNamespace) -> None:
             put(written, w)
             plgpu.commit_smem()
             w = dot(nn(chunks.at("solved", slot), written))
-            keep(form, refs.written, (refs.b, tokens(n), refs.h), refs.v_tile, written, w)
+            keep(form, refs.written, (row, tokens(n), refs.h), refs.v_tile, written, w)
             done()
         put(written, w * rows.factor("exit"))
         plgpu.commit_smem()
         kept = chunks.across("kept", slot)
         return tuple(x * chunks.through(rows, slot, c) + dot(tn(kept[c], written)) for c, x in enumerate(state))
 
-    initial = tuple(fetched(refs.initial.at[(refs.b, refs.h, columns(c), block)]) for c in range(chunks.count))
-    for tile, x in enumerate(loop(count, slots(form), chunks.issue, chunk, initial)):
-        refs.final[refs.b, refs.h, columns(tile), block] = x
+    initial = tuple(fetched(refs.initial.at[(refs.s, refs.h, columns(c), block)]) for c in range(chunks.count))
+    for tile, x in enumerate(loop(chunks.length, slots(form), issue, chunk, initial)):
+        refs.final[refs.s, refs.h, columns(tile), block] = x
     done()
 
 
 def forward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """From kept [B,T,H or HV,K], v [B,T,HV,V], rows, initial [B,HV,K,V] float32, for delta rules solved; for a decay by channel
-    through [B,N,HV,K] and for both entered.
+    through [B,N,HV,K] and for both entered. Of packed sequences the states are [sequences,HV,K,V], and bounds int32
+    [sequences + 1] has the first chunk of each, and where the last one ends.
 
     Returns:
       states [B,N,HV,K,V], what enters every chunk, and for delta rules written [B,T,HV,V], as `Form.kept`; final, float32.
     """
-    names = ["kept", "v", "rows", "initial"] + ["solved"] * form.delta
+    names = ["kept", "v", "rows", "initial"] + ["solved"] * form.delta + ["bounds"] * form.packed
     if form.decay == "vector":
         names += ["through"] + ["entered"] * form.delta
     keys, values = size.key_tiles * TILE, size.value_tiles * TILE
     outputs = {
         "states": form.kept(size.batch, size.chunks, size.heads, keys, values),
-        "final": jax.ShapeDtypeStruct((size.batch, size.heads, keys, values), jnp.float32),
+        "final": jax.ShapeDtypeStruct(arrays["initial"].shape, jnp.float32),
     }
     if form.delta:
         outputs["written"] = form.kept(*arrays["v"].shape)
@@ -205,6 +218,7 @@ def forward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, j
         _forward,
         inputs,
         outputs,
+        sequences=arrays["initial"].shape[0],
         keys=1 + ("entered" in names),
         values=1,
         squares=int(form.delta),
@@ -215,16 +229,16 @@ def forward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, j
 def _backward(form: Form, refs: SimpleNamespace) -> None:
     squares = ("scores", "solved") if form.delta else ("scores",)
     chunks = _Chunks(form, refs, ("read", "kept", "entered"), ("do",), squares)
-    pool, count = chunks.pool(), refs.do.shape[1] // TILE
+    pool, row = chunks.pool(), chunks.row
     leaving, pulled = pool.many(chunks.count, form.made), pool.take(form.made)
     weighed = pool.take(form.made) if form.made > form.pieces else None
     block = columns(refs.v_tile)
 
     def chunk(step: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        n = count - 1 - step
+        n = chunks.begin + (chunks.length - 1 - step)
         rows = chunks.arrived(slot)
         for tile, x in enumerate(state):
-            keep_both(form, refs.dstates, (refs.b, n, refs.h, columns(tile)), refs.v_tile, leaving[tile], x)
+            keep_both(form, refs.dstates, (row, n, refs.h, columns(tile)), refs.v_tile, leaving[tile], x)
         do = chunks.at("do", slot)
         w = dot(tn(chunks.at("scores", slot), do))
         w = w + rows.factor("exit") * dot(*map(nn, chunks.across("kept", slot), leaving))
@@ -232,7 +246,7 @@ def _backward(form: Form, refs: SimpleNamespace) -> None:
             put(pulled, w)
             plgpu.commit_smem()
             w = dot(tn(chunks.at("solved", slot), pulled))
-        keep(form, refs.dwritten, (refs.b, tokens(n), refs.h), refs.v_tile, pulled, w)
+        keep(form, refs.dwritten, (row, tokens(n), refs.h), refs.v_tile, pulled, w)
         done()
         reading = weighed or do
         put(reading, read(do) * (rows.factor("entry") * form.scale))
@@ -245,30 +259,30 @@ def _backward(form: Form, refs: SimpleNamespace) -> None:
         return tuple(x * chunks.through(rows, slot, c) + dot(*terms[c]) for c, x in enumerate(state))
 
     def issue(step: Any, slot: Any) -> None:
-        chunks.issue(count - 1 - step, slot)
+        chunks.issue(chunks.begin + (chunks.length - 1 - step), slot)
 
-    last = tuple(fetched(refs.dfinal.at[(refs.b, refs.h, columns(c), block)]) for c in range(chunks.count))
-    for tile, x in enumerate(loop(count, slots(form), issue, chunk, last)):
-        refs.dinitial[refs.b, refs.h, columns(tile), block] = x
+    last = tuple(fetched(refs.dfinal.at[(refs.s, refs.h, columns(c), block)]) for c in range(chunks.count))
+    for tile, x in enumerate(loop(chunks.length, slots(form), issue, chunk, last)):
+        refs.dinitial[refs.s, refs.h, columns(tile), block] = x
     done()
 
 
 def backward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """From read, kept [B,T,H or HV,K], do [B,T,HV,V], rows, scores, dfinal [B,HV,K,V] float32, for delta rules solved; for a
-    decay by channel through, and for both entered.
+    decay by channel through, and for both entered. Packed sequences are as in `forward`.
 
     Returns:
       dstates [B,N,HV,K,V], the cotangent of what leaves every chunk, and dwritten [B,T,HV,V], as `Form.kept`: the
       cotangent of v, for delta rules that of beta (v - entry (entered E)). dinitial [B,HV,K,V] float32.
     """
-    names = ["read", "kept", "do", "rows", "scores", "dfinal"] + ["solved"] * form.delta
+    names = ["read", "kept", "do", "rows", "scores", "dfinal"] + ["solved"] * form.delta + ["bounds"] * form.packed
     if form.decay == "vector":
         names += ["through"] + ["entered"] * form.delta
     keys, values = size.key_tiles * TILE, size.value_tiles * TILE
     outputs = {
         "dstates": form.kept(size.batch, size.chunks, size.heads, keys, values),
         "dwritten": form.kept(*arrays["do"].shape),
-        "dinitial": jax.ShapeDtypeStruct((size.batch, size.heads, keys, values), jnp.float32),
+        "dinitial": jax.ShapeDtypeStruct(arrays["dfinal"].shape, jnp.float32),
     }
     inputs = {name: arrays[name] for name in names}
     return _launch(
@@ -278,6 +292,7 @@ def backward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, 
         _backward,
         inputs,
         outputs,
+        sequences=arrays["dfinal"].shape[0],
         keys=2 + ("entered" in names),
         values=1,
         squares=1 + form.delta,

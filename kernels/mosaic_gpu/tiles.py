@@ -24,6 +24,13 @@ def _cut(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """What `put` leaves of finite x in an operand of one piece, in registers: to nearest, to even where two are as near."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = bits + 0x7FFF + (lax.shift_right_logical(bits, 16) & 1)
+    return _cut(lax.bitcast_convert_type(bits, jnp.float32))
+
+
 class Operand(NamedTuple):
     """A tile in shared memory as `pieces` bfloat16 tiles that add up to it: `tiles` [.,64,64] from `start` on."""
 
@@ -242,7 +249,7 @@ def loop(count: Any, slots: int, issue: Callable[[Any, Any], None], body: Callab
     """Chunks 0 .. count - 1 in order: `issue(n, slot)` begins the copies of chunk n, `body(n, slot, carry)` uses them.
 
     With two slots the copies of the next chunk are under way while one is used. A slot is filled again only after a commit:
-    what was read from it has been read.
+    what was read from it has been read. A count that is not known yet may be 0.
     """
     if slots == 1:
 
@@ -253,7 +260,7 @@ def loop(count: Any, slots: int, issue: Callable[[Any, Any], None], body: Callab
             return carry
 
         return lax.fori_loop(0, count, alone, carry)
-    issue(0, 0)
+    pl.when(count > 0)(lambda: issue(0, 0))
 
     def ahead(n: Any, carry: Any) -> Any:
         slot = lax.rem(n, 2)

@@ -6,25 +6,23 @@ equations are those of `kernels.xla.additive` and `kernels.xla.delta`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels.tpu.algebra import Grid, Products, decay_of, masks
-from kernels.tpu.layout import Form, Operands, specs
+from kernels.tpu.layout import Form, Operands, first_and_last, launch, specs
 
 
-def kernel(form: Form, names: tuple[str, ...], outputs: tuple[str, ...], *refs: Any) -> None:
-    """One chunk of `form.heads` heads. refs: inputs by `names`, `outputs`, then the cotangent of the state [heads,V,K]."""
-    given = dict(zip(names, refs, strict=False))
-    found = dict(zip(outputs, refs[len(names) :], strict=False))
-    dstate_ref = refs[-1]
-    step = pl.program_id(2)
+def kernel(form: Form, given: dict[str, Any], found: dict[str, Any], dstate_ref: Any) -> None:
+    """One chunk of `form.heads` heads: inputs and outputs as in `call`, the cotangent of the state [heads,V,K]."""
+    count = pl.num_programs(2)
+    first, last = first_and_last(given.get("sequence"), count - 1 - pl.program_id(2), count)
 
-    @pl.when(step == 0)
+    @pl.when(last)
     def _begin() -> None:
         dstate_ref[...] = given["dfinal"][0]
 
@@ -80,46 +78,44 @@ def kernel(form: Form, names: tuple[str, ...], outputs: tuple[str, ...], *refs: 
         found["dv"][0, head] = dv.astype(found["dv"].dtype)
         dstate_ref[head] = dentering
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(first)
     def _end() -> None:
         found["dinitial"][0] = dstate_ref[...]
 
 
-def call(
-    form: Form, operands: Operands, saved: tuple[jax.Array, ...], do: jax.Array, dfinal: jax.Array
-) -> dict[str, jax.Array]:
-    """Cotangents by name: dq, dk, dv, dinitial; dg [B,HV,N,1,C] or [B,HV,T,K] and dbeta [B,HV,N,1,C] where they exist."""
+def call(form: Form, operands: Operands, saved: dict[str, jax.Array], do: jax.Array, dfinal: jax.Array) -> dict[str, jax.Array]:
+    """Cotangents by name: dq, dk, dv, dinitial; dg [B,HV,N,1,C] or [B,HV,T,K] and dbeta [B,HV,N,1,C] where they exist.
+
+    `dinitial` of a packed sequence without a chunk is not written.
+    """
     batch, heads, length, key_size = operands.k.shape
     value_size, count = operands.v.shape[-1], length // form.chunk
     inputs = {name: x for name, x in operands.present().items() if name != "initial"}
-    inputs |= {"states": saved[0], **({"inverses": saved[1]} if form.delta else {}), "do": do, "dfinal": dfinal}
-    layout = specs(form, key_size, value_size, lambda n: count - 1 - n)
-    layout |= {"do": layout["v"], "dfinal": layout["initial"]}
+    inputs |= saved | {"do": do, "dfinal": dfinal}
+    blocks = specs(form, key_size, value_size, lambda n: count - 1 - n)
+    blocks |= {"do": blocks["v"], "dfinal": blocks["initial"]}
     shapes = {
         "dq": (operands.q, "q"),
         "dk": (operands.k, "k"),
         "dv": (operands.v, "v"),
         "dinitial": (operands.initial, "initial"),
     }
-    outputs = {name: (jax.ShapeDtypeStruct(like.shape, like.dtype), layout[block]) for name, (like, block) in shapes.items()}
+    outputs = {name: (jax.ShapeDtypeStruct(like.shape, like.dtype), blocks[block]) for name, (like, block) in shapes.items()}
     row = jax.ShapeDtypeStruct((batch, heads, count, 1, form.chunk), jnp.float32)
     if form.decay == "vector":
-        outputs["dg"] = (jax.ShapeDtypeStruct(operands.q.shape, jnp.float32), layout["dg"])
+        outputs["dg"] = (jax.ShapeDtypeStruct(operands.q.shape, jnp.float32), blocks["dg"])
     elif form.decay == "scalar":
-        outputs["dg"] = (row, layout["dg"])
+        outputs["dg"] = (row, blocks["dg"])
     if form.delta:
-        outputs["dbeta"] = (row, layout["beta"])
-    names = tuple(inputs)
-    found = pl.pallas_call(
-        lambda *refs: kernel(form, names, tuple(outputs), *refs),
+        outputs["dbeta"] = (row, blocks["beta"])
+    return launch(
+        form,
+        "backward",
+        functools.partial(kernel, form),
         grid=(batch, heads // form.heads, count),
-        in_specs=[layout[name] for name in names],
-        out_specs=tuple(spec for _, spec in outputs.values()),
-        out_shape=tuple(shape for shape, _ in outputs.values()),
-        scratch_shapes=[pltpu.VMEM((form.heads, value_size, key_size), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=form.cost(operands, backward=True),
-        interpret=form.interpret or False,
-        name=f"{form.name}_backward",
-    )(*inputs.values())
-    return dict(zip(outputs, found, strict=True))
+        inputs=inputs,
+        blocks=blocks,
+        outputs=outputs,
+        state=(value_size, key_size),
+        cost=form.cost(operands, backward=True),
+    )

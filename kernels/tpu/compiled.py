@@ -5,17 +5,18 @@
     python -m kernels.tpu.compiled --write    # and record; a count that grew needs --allow_growth as well
     python -m kernels.tpu.compiled --write --targets v6e --dtypes float32 --forms scalar_decay_additive
 
-Compiled is every form that is served, at the usual size and at the largest. A bundle is what a TPU core issues in one cycle at
-best. Counts rank variants of a kernel; they are no times: stalls on memory are not in them. A kernel that overflows VMEM, or
-that the compiler rejects, fails here. `bundles.json` holds the hash of the sources that it was made from, so that unchanged
-kernels cost nothing. A part may be compiled alone, long ones in float32 say: what else the file holds is kept as long as
-sources and versions are the same, and otherwise as `earlier`: what has not been compiled since is missing for the tests, but
-its growth is still seen.
+Compiled is every form that is served, at the usual size and at the largest, and packed rows at the usual one. A bundle is what
+a TPU core issues in one cycle at best. Counts rank variants of a kernel; they are no times: stalls on memory are not in them.
+A kernel that overflows VMEM, or that the compiler rejects, fails here. `bundles.json` holds the hash of the sources that it was
+made from, so that unchanged kernels cost nothing. A part may be compiled alone, long ones in float32 say: what else the file
+holds is kept as long as sources and versions are the same, and otherwise as `earlier`: what has not been compiled since is
+missing for the tests, but its growth is still seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,8 +36,12 @@ SOURCES = ("algebra.py", "backward.py", "forward.py", "layout.py")
 SHAPE = {"batch": 2, "length": 16384, "heads": 16}
 DTYPES = ("bfloat16", "float32")
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
-WAYS = ("forward", "backward", "inference")
-"""With segments, forward keeping what backward needs; inference is forward without segments, keeping nothing."""
+WAYS = ("forward", "backward", "inference", "packed_forward", "packed_backward")
+"""With segments, forward keeping what backward needs; inference is forward without segments, keeping nothing. Packed rows, at
+the usual size alone: the same two passes without segments, sequences in chunks of their own.
+"""
+SEQUENCES = 32
+"""Of a packed row."""
 Counts = dict[str, dict[str, int]]
 """Target -> kernel, way and dtype -> scheduled bundles."""
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
@@ -59,7 +64,8 @@ def source_hash() -> str:
     heads = [
         heads_of(decay, delta, dtype, target.size) for target in TARGETS.values() for decay, delta in FORMS for dtype in DTYPES
     ]
-    return hashlib.sha256(text + json.dumps([SHAPE, TARGETS, FORMS, DTYPES, WAYS, CHUNK, heads]).encode()).hexdigest()[:16]
+    static = [SHAPE, SEQUENCES, TARGETS, FORMS, DTYPES, WAYS, CHUNK, heads]
+    return hashlib.sha256(text + json.dumps(static).encode()).hexdigest()[:16]
 
 
 def heads_of(decay: str, delta: bool, dtype: str, size: int) -> int:
@@ -74,12 +80,17 @@ def kinds(target: str) -> list[tuple[str, bool, str]]:
     return [kind for kind in every if not too_large(*kind, size, size)]
 
 
+def ways(target: str) -> list[str]:
+    """Of running a kernel that are compiled for a target."""
+    return [way for way in WAYS if TARGETS[target].size == USUAL_SIZE or not way.startswith("packed")]
+
+
 def names(target: str) -> list[str]:
     """Of everything that is compiled for a target: form, way and dtype."""
     return [
         f"{decay}_decay_{'delta_rule' if delta else 'additive'} {way} {dtype}"
         for decay, delta, dtype in kinds(target)
-        for way in WAYS
+        for way in ways(target)
     ]
 
 
@@ -88,7 +99,7 @@ def recorded() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
-def operands(form: Any, dtype: str, size: int, device: Any) -> tuple[Any, tuple[Any, ...], Any, Any]:
+def operands(form: Any, way: str, dtype: str, size: int, device: Any) -> tuple[Any, dict[str, Any], Any, Any]:
     """Shapes on a device, K = V = `size`: the operands, what the forward pass keeps, cotangents of o and of the final state."""
     import jax
 
@@ -100,24 +111,28 @@ def operands(form: Any, dtype: str, size: int, device: Any) -> tuple[Any, tuple[
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     batch, length, heads = SHAPE.values()
+    states, packed = batch, way.startswith("packed")
+    if packed:
+        batch, length, states = 1, batch * length, SEQUENCES
     count = length // form.chunk
     keys = array(batch, heads, length, size)
-    state = array(batch, heads, size, size, dtype="float32")
+    state = array(states, heads, size, size, dtype="float32")
     gates = {
         "none": None,
         "scalar": array(batch, heads, count, 2, form.chunk, dtype="float32"),
         "vector": array(*keys.shape, dtype="float32"),
     }
     beta = array(batch, heads, count, 1, form.chunk, dtype="float32") if form.delta else None
-    runs = array(batch, count, 1, form.chunk, dtype="float32")
+    runs = array(batch, count, 1, form.chunk, dtype="float32") if way in ("forward", "backward") else None
+    sequence = array(count, dtype="int32") if packed else None
     stored = str(form.stored)
-    saved = (array(batch, heads, count, size, size, dtype=stored),)
+    saved = {"states": array(batch, heads, count, size, size, dtype=stored)}
     if form.delta:
-        saved += (array(batch, heads, length, form.chunk, dtype=stored),)
-    return Operands(keys, keys, keys, gates[form.decay], beta, runs, state), saved, keys, state
+        saved["inverses"] = array(batch, heads, length, form.chunk, dtype=stored)
+    return Operands(sequence, keys, keys, keys, gates[form.decay], beta, runs, state), saved, keys, state
 
 
-def compile_all(targets: list[str], dtypes: list[str], forms: list[str], ways: list[str], dump: Path) -> Counts:
+def compile_all(targets: list[str], dtypes: list[str], forms: list[str], wanted: list[str], dump: Path) -> Counts:
     """Bundles of every kernel by target. Raises what the compiler raises."""
     import jax
     from jax.experimental import topologies
@@ -132,25 +147,21 @@ def compile_all(targets: list[str], dtypes: list[str], forms: list[str], ways: l
         found[name] = {}
         for decay, delta, dtype in kinds(name):
             heads = heads_of(decay, delta, dtype, size)
-            form = Form(decay, delta, True, size**-0.5, CHUNK, heads, dtype == "float32", None)
+            form = Form(decay, delta, size**-0.5, CHUNK, heads, dtype == "float32", None)
             if dtype not in dtypes or (forms and form.name not in forms):
                 continue
-            given, saved, do, state = operands(form, dtype, size, device)
-            runs = {
-                "forward": (lambda given, form=form: forward.call(form, given, save=True), (given,)),
-                "backward": (lambda *x, form=form: backward.call(form, *x), (given, saved, do, state)),
-                "inference": (
-                    lambda given, form=form: forward.call(form._replace(segmented=False), given, save=False),
-                    (given._replace(runs=None),),
-                ),
-            }
-            for way in ways:
-                run, shapes = runs[way]
+            for way in (way for way in ways(name) if way in wanted):
+                kernel = "backward" if way.endswith("backward") else "forward"
+                given, saved, do, state = operands(form, way, dtype, size, device)
                 shutil.rmtree(dump, ignore_errors=True)
                 dump.mkdir(parents=True)
-                jax.jit(run).lower(*shapes).compile()
+                if kernel == "backward":
+                    lowered = jax.jit(functools.partial(backward.call, form)).lower(given, saved, do, state)
+                else:
+                    lowered = jax.jit(functools.partial(forward.call, form, save=way != "inference")).lower(given)
+                lowered.compile()
                 key = f"{form.name} {way} {dtype}"
-                found[name][key] = bundles(dump, f"{form.name}_{'backward' if way == 'backward' else 'forward'}")
+                found[name][key] = bundles(dump, f"{form.name}_{kernel}")
                 print(f"{name:9} {key:50} {found[name][key]:6} bundles, {heads} heads a step", flush=True)
     return found
 

@@ -7,25 +7,22 @@ For a chunk with entering state E and leaving state F (both kept transposed), D 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels.tpu.algebra import Grid, Products, decay_of, inverse, masks
-from kernels.tpu.layout import Form, Operands, specs
+from kernels.tpu.layout import Form, Operands, first_and_last, launch, specs
 
 
-def kernel(form: Form, save: bool, *refs: Any) -> None:
-    """One chunk of `form.heads` heads. refs: inputs as `Operands`, outputs, then the state [heads,V,K]."""
-    names = form.names()
-    given = dict(zip(names, refs, strict=False))
-    o_ref, final_ref, *saved, state_ref = refs[len(names) :]
-    chunk = pl.program_id(2)
+def kernel(form: Form, given: dict[str, Any], found: dict[str, Any], state_ref: Any) -> None:
+    """One chunk of `form.heads` heads: inputs as `Operands`, outputs as `call` returns them, the state [heads,V,K]."""
+    first, last = first_and_last(given.get("sequence"), pl.program_id(2), pl.num_programs(2))
 
-    @pl.when(chunk == 0)
+    @pl.when(first)
     def _begin() -> None:
         state_ref[...] = given["initial"][0]
 
@@ -43,44 +40,46 @@ def kernel(form: Form, save: bool, *refs: Any) -> None:
             beta = grid.column(given["beta"][0, head, 0])
             solved = inverse(grid, jnp.where(mask.strict, beta * decay.scores(dots, k, k), 0.0))
             written = dots.nn(solved, beta * (v - dots.nt(k * decay.entry, state)))
-            if save:
-                saved[1][0, head] = solved.astype(saved[1].dtype)
-        if save:
-            saved[0][0, head, 0] = state.astype(saved[0].dtype)
+            if "inverses" in found:
+                found["inverses"][0, head] = solved.astype(found["inverses"].dtype)
+        if "states" in found:
+            found["states"][0, head, 0] = state.astype(found["states"].dtype)
         scores = jnp.where(mask.causal, decay.scores(dots, q, k), 0.0)
         o = dots.nn(scores, written) + dots.nt(q * decay.entry, state)
-        o_ref[0, head] = o.astype(o_ref.dtype)
+        found["o"][0, head] = o.astype(found["o"].dtype)
         state_ref[head] = state * decay.through + dots.tn(written, k * decay.exit)
 
-    @pl.when(chunk == pl.num_programs(2) - 1)
+    @pl.when(last)
     def _end() -> None:
-        final_ref[0] = state_ref[...]
+        found["final"][0] = state_ref[...]
 
 
-def call(form: Form, operands: Operands, *, save: bool) -> tuple[jax.Array, ...]:
-    """(o, final state), and with `save` the entering states [B,HV,N,V,K] and for delta rules the inverses [B,HV,T,C]."""
+def call(form: Form, operands: Operands, *, save: bool) -> dict[str, jax.Array]:
+    """o, final, and with `save` the entering states [B,HV,N,V,K] and for delta rules inverses [B,HV,T,C].
+
+    The final state of a packed sequence without a chunk is not written.
+    """
     batch, heads, length, key_size = operands.k.shape
     value_size = operands.v.shape[-1]
-    inputs = operands.present()
-    layout = specs(form, key_size, value_size)
-    outputs = [
-        (jax.ShapeDtypeStruct((batch, heads, length, value_size), operands.v.dtype), layout["v"]),
-        (jax.ShapeDtypeStruct((batch, heads, value_size, key_size), jnp.float32), layout["initial"]),
-    ]
+    blocks = specs(form, key_size, value_size)
+    outputs = {
+        "o": (jax.ShapeDtypeStruct((batch, heads, length, value_size), operands.v.dtype), blocks["v"]),
+        "final": (jax.ShapeDtypeStruct(operands.initial.shape, jnp.float32), blocks["initial"]),
+    }
     if save:
         shape = (batch, heads, length // form.chunk, value_size, key_size)
-        outputs.append((jax.ShapeDtypeStruct(shape, form.stored), layout["states"]))
+        outputs["states"] = (jax.ShapeDtypeStruct(shape, form.stored), blocks["states"])
         if form.delta:
-            outputs.append((jax.ShapeDtypeStruct((batch, heads, length, form.chunk), form.stored), layout["inverses"]))
-    return pl.pallas_call(
-        lambda *refs: kernel(form, save, *refs),
+            shape = (batch, heads, length, form.chunk)
+            outputs["inverses"] = (jax.ShapeDtypeStruct(shape, form.stored), blocks["inverses"])
+    return launch(
+        form,
+        "forward",
+        functools.partial(kernel, form),
         grid=(batch, heads // form.heads, length // form.chunk),
-        in_specs=[layout[name] for name in inputs],
-        out_specs=tuple(spec for _, spec in outputs),
-        out_shape=tuple(shape for shape, _ in outputs),
-        scratch_shapes=[pltpu.VMEM((form.heads, value_size, key_size), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=form.cost(operands, backward=False),
-        interpret=form.interpret or False,
-        name=f"{form.name}_forward",
-    )(*inputs.values())
+        inputs=operands.present(),
+        blocks=blocks,
+        outputs=outputs,
+        state=(value_size, key_size),
+        cost=form.cost(operands, backward=False),
+    )

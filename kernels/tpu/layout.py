@@ -1,4 +1,4 @@
-"""What the kernels are given: static choices, operands by name, and the blocks of each that a grid step sees."""
+"""What the kernels are given: static choices, operands by name, the blocks of each that a grid step sees; their launch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 
 class Form(NamedTuple):
@@ -15,7 +16,6 @@ class Form(NamedTuple):
 
     decay: str  # "none", "scalar" or "vector"
     delta: bool
-    segmented: bool
     scale: float
     chunk: int
     heads: int  # a grid step
@@ -41,11 +41,6 @@ class Form(NamedTuple):
         """Of the kernels, for the profiler."""
         return f"{self.decay}_decay_{'delta_rule' if self.delta else 'additive'}"
 
-    def names(self) -> tuple[str, ...]:
-        """The operands that a kernel of this form reads. One that is not read must not be passed either (jax#39744)."""
-        optional = {"g": self.decay != "none", "beta": self.delta, "runs": self.segmented}
-        return tuple(name for name in Operands._fields if optional.get(name, True))
-
     def cost(self, operands: Operands, *, backward: bool) -> pl.CostEstimate:
         """Floating-point operations, exponentials and bytes of one call, for XLA's scheduler."""
         batch, heads, length, keys = operands.k.shape
@@ -66,8 +61,13 @@ class Form(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """q, k [B,HV,T,K]; v [B,HV,T,V]; g [B,HV,N,2,C] or [B,HV,T,K]; beta [B,HV,N,1,C]; runs [B,N,1,C]; initial [B,HV,V,K]."""
+    """sequence int32 [N], in scalar memory; q, k [B,HV,T,K]; v [B,HV,T,V]; g [B,HV,N,2,C] or [B,HV,T,K]; beta [B,HV,N,1,C];
+    runs [B,N,1,C]; initial [B,HV,V,K], packed [sequences,HV,V,K].
 
+    None is what a kernel of the form does not read, which must not be passed either (jax#39744).
+    """
+
+    sequence: jax.Array | None
     q: jax.Array
     k: jax.Array
     v: jax.Array
@@ -81,17 +81,32 @@ class Operands(NamedTuple):
         return {name: x for name, x in self._asdict().items() if x is not None}
 
 
+def first_and_last(sequence: Any | None, chunk: Any, count: Any) -> tuple[Any, Any]:
+    """Whether a chunk is the first, and the last, of its sequence; `sequence` [N] is the sequence of every chunk, in order."""
+    first, last = chunk == 0, chunk == count - 1
+    if sequence is None:
+        return first, last
+    own = sequence[chunk]
+    return first | (sequence[jnp.maximum(chunk - 1, 0)] != own), last | (sequence[jnp.minimum(chunk + 1, count - 1)] != own)
+
+
 def specs(form: Form, key_size: int, value_size: int, order: Callable[[Any], Any] = lambda n: n) -> dict[str, pl.BlockSpec]:
-    """The block of every array in grid step (batch b, heads h, n); `order` maps n to the number of a chunk."""
+    """The block of every array in grid step (batch b, heads h, n); `order` maps n to the number of a chunk.
+
+    Of packed sequences the index maps are given `sequence` as well.
+    """
     chunk, heads = form.chunk, form.heads
 
     def rows(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, heads, chunk, width), lambda b, h, n: (b, h, order(n), 0))
+        return pl.BlockSpec((1, heads, chunk, width), lambda b, h, n, *_: (b, h, order(n), 0))
 
     def lanes(count: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, heads, 1, count, chunk), lambda b, h, n: (b, h, order(n), 0, 0))
+        return pl.BlockSpec((1, heads, 1, count, chunk), lambda b, h, n, *_: (b, h, order(n), 0, 0))
 
-    state = pl.BlockSpec((1, heads, value_size, key_size), lambda b, h, n: (b, h, 0, 0))
+    def of_sequence(b: Any, h: Any, n: Any, *sequence: Any) -> tuple[Any, ...]:
+        return (sequence[0][order(n)] if sequence else b, h, 0, 0)
+
+    state = pl.BlockSpec((1, heads, value_size, key_size), of_sequence)
     return {
         "q": rows(key_size),
         "k": rows(key_size),
@@ -99,8 +114,47 @@ def specs(form: Form, key_size: int, value_size: int, order: Callable[[Any], Any
         "g": rows(key_size) if form.decay == "vector" else lanes(2),
         "dg": rows(key_size) if form.decay == "vector" else lanes(1),
         "beta": lanes(1),
-        "runs": pl.BlockSpec((1, 1, 1, chunk), lambda b, h, n: (b, order(n), 0, 0)),
+        "runs": pl.BlockSpec((1, 1, 1, chunk), lambda b, h, n, *_: (b, order(n), 0, 0)),
         "initial": state,
-        "states": pl.BlockSpec((1, heads, 1, value_size, key_size), lambda b, h, n: (b, h, order(n), 0, 0)),
+        "states": pl.BlockSpec((1, heads, 1, value_size, key_size), lambda b, h, n, *_: (b, h, order(n), 0, 0)),
         "inverses": rows(chunk),
     }
+
+
+def launch(
+    form: Form,
+    way: str,
+    body: Callable[..., None],
+    *,
+    grid: tuple[int, int, int],
+    inputs: dict[str, jax.Array],
+    blocks: dict[str, pl.BlockSpec],
+    outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+    state: tuple[int, int],
+    cost: pl.CostEstimate,
+) -> dict[str, jax.Array]:
+    """Run `body(given, found, state)` at every point of (batch, heads, chunks), the chunks in order.
+
+    given, found: the refs of inputs and of outputs, by name. state: float32 [heads,*state] in VMEM, kept from chunk to chunk.
+    """
+
+    def entry(*refs: Any) -> None:
+        given, found = refs[: len(inputs)], refs[len(inputs) : -1]
+        body(dict(zip(inputs, given, strict=True)), dict(zip(outputs, found, strict=True)), refs[-1])
+
+    found = pl.pallas_call(
+        entry,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=int("sequence" in inputs),
+            grid=grid,
+            in_specs=[blocks[name] for name in inputs if name != "sequence"],
+            out_specs=tuple(spec for _, spec in outputs.values()),
+            scratch_shapes=[pltpu.VMEM((form.heads, *state), jnp.float32)],
+        ),
+        out_shape=tuple(shape for shape, _ in outputs.values()),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost,
+        interpret=form.interpret or False,
+        name=f"{form.name}_{way}",
+    )(*inputs.values())
+    return dict(zip(outputs, found, strict=True))

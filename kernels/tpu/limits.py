@@ -34,12 +34,14 @@ def too_large(decay: str, delta: bool, dtype: str, key_size: int, value_size: in
 
 def untried(call: Call) -> str | None:
     """Why `auto` passes over the TPU kernels although they can serve `call`: no compiler has seen them at its sizes."""
-    seen = call.key_size == call.value_size and call.key_size in (USUAL_SIZE, LARGEST_SIZE) and call.chunk_size in (None, CHUNK)
+    sizes = (USUAL_SIZE, LARGEST_SIZE) if call.sequences is None else (USUAL_SIZE,)
+    seen = call.key_size == call.value_size and call.key_size in sizes and call.chunk_size in (None, CHUNK)
     if call.interpret is not None or seen:
         return None
+    which = "its kernels" if call.sequences is None else "its kernels of packed rows"
     return (
-        f"by name only at K = {call.key_size}, V = {call.value_size}: its kernels were compiled at K = V = {USUAL_SIZE} and "
-        f"{LARGEST_SIZE} in chunks of {CHUNK}, and have not run on a TPU"
+        f"by name only at K = {call.key_size}, V = {call.value_size}: {which} "
+        f"were compiled at K = V = {' and '.join(map(str, sizes))} in chunks of {CHUNK}, and have not run on a TPU"
     )
 
 
@@ -51,8 +53,6 @@ def refusal(call: Call) -> str | None:
         return f"the default device is {call.platform}; TPU kernels need a TPU, or interpret=True"
     if call.dtype not in ("bfloat16", "float32"):
         return f"q, k, v are {call.dtype}; the kernels take bfloat16 and float32"
-    if call.sequences is not None:
-        return "cu_seqlens is not built into these kernels; segment_ids is"
     if max(call.key_size, call.value_size) > LARGEST_SIZE:
         return f"K = {call.key_size}, V = {call.value_size}; the state of a head must fit VMEM: at most {LARGEST_SIZE} each"
     if too_large(call.decay, call.delta, call.dtype, call.key_size, call.value_size):

@@ -118,8 +118,9 @@ def make_problem(
         given["segment_ids"] = np.sort(rng.integers(0, 4, (rows, length)), axis=1).astype(np.int32)
         given["segment_ids"][0] = np.arange(length) // 5 % 2  # a number that comes back is another segment
     if sequences == "packed":
-        cuts = sorted({0, length // 3, min(length, length // 3 + 1), length})
-        given["cu_seqlens"] = np.array([0, *cuts, length], np.int32)  # the first and the last sequence are empty
+        # Empty sequences at the beginning, in the middle and, of odd lengths, at the end; one of a single token.
+        cut = length // 3
+        given["cu_seqlens"] = np.array([0, 0, cut, cut, min(length, cut + 1), length, *[length] * (length % 2)], np.int32)
         states = len(given["cu_seqlens"]) - 1
     state: Any = normal(states, value_heads, key_size, value_size)
     if op == "lightnet":
@@ -131,6 +132,29 @@ def make_problem(
 def problem():
     """`problem(op, length, sequences, ...)`: see `make_problem`."""
     return make_problem
+
+
+def take_regime(results: list[Any], slopes: list[Any], sequences: str, number: int, count: int) -> list[np.ndarray]:
+    """One regime's part of results (o, then states) and of gradients (of the inputs, the states last), as rows: of packed
+    states one for each sequence, else one.
+    """
+    states = len(results) - 1
+    if sequences == "packed":  # heads: axis 1 of states, 2 of all else
+        axes = [2] + [1] * states + [2] * (len(slopes) - states) + [1] * states
+    else:
+        axes = [0] * (len(results) + len(slopes))
+
+    def part(x: Any, axis: int) -> np.ndarray:
+        x = np.split(np.asarray(x), count, axis)[number]
+        return x.reshape(len(x) if axis else 1, -1)
+
+    return [part(x, axis) for x, axis in zip([*results, *slopes], axes, strict=True)]
+
+
+@pytest.fixture
+def of_regime():
+    """`of_regime(results, slopes, sequences, number, count)`: see `take_regime`."""
+    return take_regime
 
 
 def relative_rms(found: Any, expected: Any) -> float:

@@ -32,6 +32,7 @@ COVERING = [
     ("linear_attention", 65, "one", "bfloat16", 16, 8),
     ("retention", 64, "one", "float32", 128, 64),
     ("simple_gla", 130, "segments", "float32", 16, 8),
+    ("gla", 64, "one", "bfloat16", 16, 8),
     ("gla", 65, "segments", "float32", 16, 136),
     ("gla", 200, "segments", "bfloat16", 16, 8),
     ("delta_rule", 65, "one", "bfloat16", 16, 8),
@@ -40,25 +41,33 @@ COVERING = [
     ("kda", 65, "segments", "float32", 16, 8),
     ("kda", 65, "one", "bfloat16", 16, 136),
     ("kda", 128, "segments", "bfloat16", 128, 64),
+    # Sequences in chunks of their own, some empty, one of a single token.
+    ("simple_gla", 200, "packed", "bfloat16", 16, 8),
+    ("gated_delta_rule", 100, "packed", "float32", 16, 8),
+    ("kda", 65, "packed", "bfloat16", 16, 8),
 ]
 KERNELS = ("pairs", "states", "outputs", "dstates", "gradients")
 EVERYTHING = [
     case
-    for case in itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), TOLERANCE, (16, 64, 128), (8, 128))
+    for case in itertools.product(
+        GATES, (1, 63, 64, 65, 200), ("one", "segments", "packed"), TOLERANCE, (16, 64, 128), (8, 128)
+    )
     # Delta rules in float32 are served up to K = 64.
     if not (GATES[case[0]][1] and case[3] == "float32" and case[4] > limits.TILE)
 ]
 
 
-def check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, value_size, regimes=REGIMES) -> None:
+def check_kernels(problem, row_rms, of_regime, op, length, sequences, dtype, key_size, value_size, regimes=REGIMES) -> None:
     given = problem(op, length, sequences, key_size=key_size, value_size=value_size, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
-    weight = np.random.default_rng(0).standard_normal(given.arrays[2].shape).astype(np.float32)
+    shapes = [given.arrays[2].shape, *(x.shape for x in jax.tree.leaves(given.state))]
+    weight, *weights = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in shapes)
 
     def gradients(inputs, **options):
         def objective(inputs):
             o, final = given.run(*inputs, **options)
-            return jnp.sum(o * weight.astype(o.dtype)) + sum(jnp.sum(x) for x in jax.tree.leaves(final)), (o, final)
+            states = zip(weights, jax.tree.leaves(final), strict=True)
+            return jnp.sum(o * weight.astype(o.dtype)) + sum(jnp.sum(w * x) for w, x in states), (o, final)
 
         slope, results = jax.jit(jax.grad(objective, has_aux=True))(inputs)
         return jax.tree.leaves(results), jax.tree.leaves(slope)
@@ -74,29 +83,32 @@ def check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, valu
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         expected, expected_slopes = gradients(exact, backend="reference")
     forward, backward = (5e-3, 5e-3) if ON_GPU and dtype == "float32" else TOLERANCE[dtype]
-    for found, wanted in zip(results, expected, strict=True):
-        assert row_rms(found, wanted) < forward
-    for found, wanted in zip(slopes, expected_slopes, strict=True):
-        assert row_rms(found, wanted) < backward
+    bounds = [forward] * len(results) + [backward] * len(slopes)
+    for number in range(len(regimes)):
+        pair = (of_regime(*both, sequences, number, len(regimes)) for both in ((results, slopes), (expected, expected_slopes)))
+        for found, wanted, bound in zip(*pair, bounds, strict=True):
+            assert row_rms(found, wanted) < bound, regimes[number]
 
 
 @needs_jax
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,length,sequences,dtype,key_size,value_size", COVERING)
-def test_kernels_are_close_to_the_float64_recurrence(problem, row_rms, op, length, sequences, dtype, key_size, value_size):
-    check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, value_size)
+def test_kernels_are_close_to_the_float64_recurrence(
+    problem, row_rms, of_regime, op, length, sequences, dtype, key_size, value_size
+):
+    check_kernels(problem, row_rms, of_regime, op, length, sequences, dtype, key_size, value_size)
 
 
 @needs_jax
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,dtype", [("simple_gla", "float32"), ("gla", "bfloat16"), ("kda", "float32")])
-def test_a_sequence_in_pieces_is_the_same_sequence(monkeypatch, problem, row_rms, op, dtype):
+def test_a_sequence_in_pieces_is_the_same_sequence(monkeypatch, problem, row_rms, of_regime, op, dtype):
     from kernels.mosaic_gpu import split
     from kernels.mosaic_gpu.layout import Size
 
     monkeypatch.setattr(split, "SHORTEST", 1)
     assert split.pieces(Size(batch=1, heads=2, chunks=4, key_tiles=1, value_tiles=1)) == 4
-    check_kernels(problem, row_rms, op, 200, "segments", dtype, 16, 8, REGIMES[1:2])
+    check_kernels(problem, row_rms, of_regime, op, 200, "segments", dtype, 16, 8, REGIMES[1:2])
 
 
 @needs_jax
@@ -113,16 +125,16 @@ def test_only_sequences_with_too_few_heads_are_split():
 @needs_jax
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,dtype,key_size,value_size", EVERYTHING)
-def test_kernels_in_the_full_product(problem, row_rms, op, length, sequences, dtype, key_size, value_size):
-    check_kernels(problem, row_rms, op, length, sequences, dtype, key_size, value_size)
+def test_kernels_in_the_full_product(problem, row_rms, of_regime, op, length, sequences, dtype, key_size, value_size):
+    check_kernels(problem, row_rms, of_regime, op, length, sequences, dtype, key_size, value_size)
 
 
 @needs_jax
 @pytest.mark.hopper
 @pytest.mark.parametrize("op,dtype", [("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")])
 @pytest.mark.parametrize("keys", ["correlated", "identical"])
-def test_reflections_without_a_decay_keep_their_digits(problem, row_rms, op, dtype, keys):
-    check_kernels(problem, row_rms, op, 65, "one", dtype, 16, 8, ((keys, "zero", "two"),))
+def test_reflections_without_a_decay_keep_their_digits(problem, row_rms, of_regime, op, dtype, keys):
+    check_kernels(problem, row_rms, of_regime, op, 65, "one", dtype, 16, 8, ((keys, "zero", "two"),))
 
 
 @needs_jax
@@ -184,7 +196,6 @@ def call_of(**changes):
         ({"platform": "cpu"}, "the default device is cpu; the kernels need a Hopper GPU"),
         ({"capability": "8.0"}, "compute capability 8.0; the kernels need 9.0"),
         ({"dtype": "float16"}, "the kernels take bfloat16 and float32"),
-        ({"sequences": 2}, "cu_seqlens is not built into these kernels"),
         ({"chunk_size": 32}, "chunk_size = 32; the kernels take 64"),
         ({"key_size": 256}, "must fit the registers: at most K = 128 and V = 256"),
         ({"dtype": "float32", "delta": True, "key_size": 128}, "K = 128 in float32"),
@@ -225,10 +236,10 @@ def test_register_counts_are_those_of_the_kernels_as_they_are_and_no_kernel_spil
     assert record["source"] == compiled.source_hash(), "python -m kernels.mosaic_gpu.compiled --write; see its docstring"
     assert not compiled.spilling(record["kernels"])
     cases = list(compiled.cases(TOLERANCE))
-    assert len(cases) == 22  # six forms, two dtypes, two widths, but two that are refused
+    assert len(cases) == 44  # six forms, two dtypes, two widths, packed or not, but two wide forms that are refused
     names = {
-        f"{compiled.name(decay, delta)}_{kernel} {dtype}{' wide' if wide else ''}"
-        for decay, delta, dtype, wide in cases
+        f"{compiled.name(decay, delta)}_{kernel} {dtype}{'' if variant == 'usual' else f' {variant}'}"
+        for decay, delta, dtype, variant in cases
         for kernel in KERNELS
     }
     assert set(record["kernels"]) == names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels.arguments import Tensors, checked
 from kernels.ops import GATES
 from kernels.registry import choose, refusal
 from kernels.tpu import compiled
-from kernels.tpu.limits import LARGEST_SIZE, heads_a_step
+from kernels.tpu.limits import LARGEST_SIZE, USUAL_SIZE, heads_a_step
 from strata.errors import ConfigError
 
 REGIMES = (
@@ -45,8 +47,18 @@ COVERING = [
     ("gla", 70, "segments", 64, "bfloat16", 1),
     ("retention", 70, "one", 64, "float32", 1),
     ("lightnet", 40, "segments", 32, "float32", 1),
+    # Sequences in chunks of their own, some empty, one of a single token; the last chunks hold none.
+    ("retention", 65, "packed", 16, "float32", 1),
+    ("gla", 100, "packed", 32, "bfloat16", 1),
+    ("delta_rule", 33, "packed", 16, "bfloat16", 2),
+    ("gated_delta_rule", 100, "packed", 32, "float32", 1),
+    ("kda", 65, "packed", 16, "float32", 1),
+    ("lightnet", 40, "packed", 16, "float32", 1),
+    ("linear_attention", 1, "packed", 16, "float32", 1),
 ]
-EVERYTHING = list(itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments"), (32, None), ("float32", "bfloat16")))
+EVERYTHING = list(
+    itertools.product(GATES, (1, 63, 64, 65, 200), ("one", "segments", "packed"), (32, None), ("float32", "bfloat16"))
+)
 
 
 def tolerance(op: str, regime: tuple[str, str, str], dtype: str) -> tuple[float, float]:
@@ -60,6 +72,7 @@ def tolerance(op: str, regime: tuple[str, str, str], dtype: str) -> tuple[float,
 def check_kernel(
     problem,
     row_rms,
+    of_regime,
     op: str,
     length: int,
     sequences: str,
@@ -71,12 +84,14 @@ def check_kernel(
     sizes = {"heads": heads, "value_heads": 2 * heads, "key_size": 16, "value_size": 8}
     given = problem(op, length, sequences, **sizes, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
-    weight = np.random.default_rng(0).standard_normal(given.arrays[2].shape).astype(np.float32)
+    shapes = [given.arrays[2].shape, *(x.shape for x in jax.tree.leaves(given.state))]
+    weight, *weights = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in shapes)
 
     def gradients(inputs, **options):
         def objective(inputs):
             o, final = given.run(*inputs, **options)
-            return jnp.sum(o * weight.astype(o.dtype)) + sum(jnp.sum(x) for x in jax.tree.leaves(final)), (o, final)
+            states = zip(weights, jax.tree.leaves(final), strict=True)
+            return jnp.sum(o * weight.astype(o.dtype)) + sum(jnp.sum(w * x) for w, x in states), (o, final)
 
         slope, results = jax.jit(jax.grad(objective, has_aux=True))(inputs)
         return jax.tree.leaves(results), jax.tree.leaves(slope)
@@ -86,36 +101,35 @@ def check_kernel(
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: np.asarray(x, np.float64), inputs)
         expected, expected_slopes = gradients(exact, backend="reference")
-    if length == 1 and dtype == "bfloat16":  # a row of a gate's gradient is two numbers then, and a sum of few may cancel
-        parts = [(slice(None), regimes[0])]
-    else:
-        parts = [(slice(row, row + 1), regime) for row, regime in enumerate(regimes)]
-    for rows, regime in parts:
+    # A gate's gradient is two numbers in bfloat16 rows of one token, and a sum of few may cancel: rows are compared together.
+    shown = regimes[:1] if length == 1 and dtype == "bfloat16" else regimes
+    for number, regime in enumerate(shown):
         forward, backward = tolerance(op, regime, dtype)
         bounds = [forward] * len(results) + [backward] * len(slopes)
-        for found, wanted, bound in zip(results + slopes, expected + expected_slopes, bounds, strict=True):
-            assert row_rms(*(np.reshape(x[rows], (1, -1)) for x in (found, wanted))) < bound, regime
+        pair = (of_regime(*both, sequences, number, len(shown)) for both in ((results, slopes), (expected, expected_slopes)))
+        for found, wanted, bound in zip(*pair, bounds, strict=True):
+            assert row_rms(found, wanted) < bound, regime
 
 
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype,heads", COVERING)
 def test_interpreted_kernels_are_close_to_the_float64_recurrence(
-    problem, row_rms, op, length, sequences, chunk_size, dtype, heads
+    problem, row_rms, of_regime, op, length, sequences, chunk_size, dtype, heads
 ):
-    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype, heads)
+    check_kernel(problem, row_rms, of_regime, op, length, sequences, chunk_size, dtype, heads)
 
 
 @pytest.mark.parametrize(
     "op,dtype",
     [("delta_rule", "float32"), ("delta_rule", "bfloat16"), ("gated_delta_rule", "bfloat16"), ("kda", "bfloat16")],
 )
-def test_reflections_along_one_key_keep_their_digits(problem, row_rms, op, dtype):
-    check_kernel(problem, row_rms, op, 65, "one", 32, dtype, regimes=UNDAMPED)
+def test_reflections_along_one_key_keep_their_digits(problem, row_rms, of_regime, op, dtype):
+    check_kernel(problem, row_rms, of_regime, op, 65, "one", 32, dtype, regimes=UNDAMPED)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,chunk_size,dtype", EVERYTHING)
-def test_interpreted_kernels_in_the_full_product(problem, row_rms, op, length, sequences, chunk_size, dtype):
-    check_kernel(problem, row_rms, op, length, sequences, chunk_size, dtype)
+def test_interpreted_kernels_in_the_full_product(problem, row_rms, of_regime, op, length, sequences, chunk_size, dtype):
+    check_kernel(problem, row_rms, of_regime, op, length, sequences, chunk_size, dtype)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +140,11 @@ def test_interpreted_kernels_in_the_full_product(problem, row_rms, op, length, s
         ({"interpret": type("InterpretGPUParams", (), {})()}, "interpret= must be True here"),
         ({"size": 512}, "must fit VMEM: at most 256"),
         ({"chunk_size": 8}, "the kernels take 16 to 128"),
-        ({"batch": 1, "cu_seqlens": jnp.array([0, 8])}, "cu_seqlens is not built into these kernels"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused_with_the_reason(change, reason):
-    size, dtype, batch = change.pop("size", 8), change.pop("dtype", jnp.float32), change.pop("batch", 2)
-    q = jax.ShapeDtypeStruct((batch, 8, 2, size), dtype)
+    size, dtype = change.pop("size", 8), change.pop("dtype", jnp.float32)
+    q = jax.ShapeDtypeStruct((2, 8, 2, size), dtype)
     with pytest.raises(ConfigError, match=reason):
         kernels.explain("linear_attention", q, q, q, backend="tpu", **({"interpret": True} | change))
 
@@ -156,9 +169,10 @@ def test_what_overflows_the_memory_of_a_v5e_at_the_largest_size_has_fewer_heads_
 def test_every_form_that_is_served_at_the_largest_size_was_compiled_there_for_every_device():
     large = [name for name, target in compiled.TARGETS.items() if target.size == LARGEST_SIZE]
     assert [name.removesuffix("_256") for name in large] == ["v5e", "v5p", "v6e", "TPU7x"]
+    served = {name for name in compiled.names("v5e") if " packed_" not in name}
     for target in large:
-        missing = set(compiled.names("v5e")) - set(compiled.recorded()["bundles"][target])
-        assert missing == {f"vector_decay_delta_rule {way} float32" for way in compiled.WAYS}
+        missing = served - set(compiled.recorded()["bundles"][target])
+        assert missing == {f"vector_decay_delta_rule {way} float32" for way in compiled.ways(target)}
 
 
 def test_auto_takes_an_interpreted_kernel_when_interpretation_is_asked_for():
@@ -166,29 +180,28 @@ def test_auto_takes_an_interpreted_kernel_when_interpretation_is_asked_for():
     assert kernels.explain("linear_attention", q, q, q, interpret=True).backend == "tpu"
 
 
-def test_auto_takes_the_kernels_on_one_tpu_and_the_chunked_form_on_a_mesh(problem):
-    import dataclasses
+def tpu_call(size=USUAL_SIZE, **changes):
+    """A call of linear attention on one TPU, K = V = `size`, with fields replaced."""
+    q = jax.ShapeDtypeStruct((2, 8, 2, size), jnp.float32)
+    options = {"scale": None, "output_final_state": False, "chunk_size": None, "interpret": None}
+    call = checked("linear_attention", Tensors(q, q, q), decay="none", delta=False, **options)
+    return dataclasses.replace(call, **{"platform": "tpu", "devices": 1} | changes)
 
-    from kernels.arguments import Tensors, checked
 
-    q = jax.ShapeDtypeStruct((2, 8, 2, 128), jnp.float32)
-    call = checked(
-        "linear_attention",
-        Tensors(q, q, q),
-        decay="none",
-        delta=False,
-        scale=None,
-        output_final_state=False,
-        chunk_size=None,
-        interpret=None,
-    )
-    call = dataclasses.replace(call, platform="tpu", devices=1)
-    assert choose(call).backend == "tpu"
-    mesh = dataclasses.replace(call, devices=4)
+def test_auto_takes_the_kernels_on_one_tpu_and_the_chunked_form_on_a_mesh():
+    assert choose(tpu_call()).backend == "tpu"
+    mesh = tpu_call(devices=4)
     assert choose(mesh).backend == "xla"
     assert "within jax.shard_map" in choose(mesh).refusals["tpu"]
     assert "by name only" in choose(mesh).refusals["reference"]
     assert refusal(mesh, "tpu") is None
+
+
+def test_auto_takes_packed_rows_at_the_size_at_which_they_were_compiled():
+    assert choose(tpu_call(LARGEST_SIZE)).backend == choose(tpu_call(sequences=3)).backend == "tpu"
+    large = tpu_call(LARGEST_SIZE, sequences=3)
+    assert choose(large).backend == "xla" and refusal(large, "tpu") is None
+    assert "its kernels of packed rows were compiled at K = V = 128 in chunks of 128" in choose(large).refusals["tpu"]
 
 
 def test_bundle_counts_are_those_of_the_kernels_as_they_are():
