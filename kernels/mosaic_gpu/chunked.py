@@ -13,7 +13,7 @@ from kernels.mosaic_gpu.layout import Form, Size
 from kernels.mosaic_gpu.limits import TILE
 from kernels.reference.recurrence import per_token_gate
 from kernels.sequences import boundaries
-from kernels.xla.chunks import packed_chunks
+from kernels.xla.chunks import packed_chunks, to_rows
 from kernels.xla.decay import FLOOR, cumulative, gate_gradient
 
 Arrays = dict[str, jax.Array]
@@ -162,7 +162,7 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
     def padded(x: jax.Array, *, channels: bool) -> jax.Array:
         width = [(0, -x.shape[-1] % TILE)] if channels else []
         if row is not None:
-            x = jnp.where(valid.reshape(1, -1, *(1,) * (x.ndim - 2)), x[:, token], 0)
+            x = to_rows(x, token, valid)
         return jnp.pad(x, [(0, 0), (0, behind if row is None else 0), (0, 0), *width])
 
     q, k, v = (padded(x, channels=True) for x in (tensors.q, tensors.k, tensors.v))

@@ -15,7 +15,7 @@ from kernels.tpu import backward, forward
 from kernels.tpu.layout import Form, Operands
 from kernels.tpu.limits import SMALLEST_CHUNK, heads_a_step
 from kernels.tuning import tuned
-from kernels.xla.chunks import packed_chunks
+from kernels.xla.chunks import packed_chunks, to_rows
 from kernels.xla.decay import FLOOR, GRID
 from kernels.xla.states import Packed
 
@@ -125,7 +125,7 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
         if row is None:
             x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         else:
-            x = jnp.where(valid.reshape(1, -1, *(1,) * (x.ndim - 2)), x[:, token], 0)
+            x = to_rows(x, token, valid)
         return jnp.swapaxes(x, 1, 2)
 
     q, k = (jnp.repeat(by_head(x), call.group, axis=1) for x in (tensors.q, tensors.k))

@@ -9,7 +9,7 @@ from kernels.arguments import Call, Tensors
 from kernels.reference.recurrence import initial_state, per_token_gate
 from kernels.tuning import tuned
 from kernels.xla.additive import additive
-from kernels.xla.chunks import Form, Layout, from_chunks, packed_chunks, runs_of, to_chunks
+from kernels.xla.chunks import Form, Layout, from_chunks, packed_chunks, runs_of, to_chunks, to_rows
 from kernels.xla.delta import delta
 
 
@@ -34,7 +34,7 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
     inputs = (q, k, v, g, beta)
     if tensors.cu_seqlens is not None:
         packed, token, valid, row = packed_chunks(tensors.cu_seqlens, call.length, size)
-        inputs = jax.tree.map(lambda x: jnp.where(valid[None, :, None, None], x[:, token], 0), inputs)
+        inputs = jax.tree.map(lambda x: to_rows(x, token, valid), inputs)
     q, k, v, g, beta = jax.tree.map(lambda x: to_chunks(x, size), inputs)
     layout = Layout(runs, packed, jnp.arange(q.shape[0]))
     form = Form(exact=call.delta or call.dtype in ("float32", "float64"))

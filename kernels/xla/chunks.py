@@ -112,3 +112,8 @@ def packed_chunks(cu_seqlens: jax.Array, length: int, size: int) -> tuple[Packed
     owner = jnp.searchsorted(cu_seqlens, tokens, side="right").astype(jnp.int32) - 1
     row = begin[owner] * size + tokens - cu_seqlens[owner]
     return packed, jnp.clip(token, 0, length - 1).reshape(-1), valid.reshape(-1), row
+
+
+def to_rows(x: jax.Array, token: jax.Array, valid: jax.Array) -> jax.Array:
+    """[1,T,...] -> the rows of packed chunks [1,N C,...], zeros in those without a token; see `packed_chunks`."""
+    return jnp.where(valid.reshape(1, -1, *(1,) * (x.ndim - 2)), x[:, token], 0)
