@@ -11,8 +11,8 @@ still help beside all the others? A part that helps alone and not beside the res
 
 Controls: every arm has its rate tuned over a grid, by AdamW or by Muon, since what is put together wants another rate than its
 parts: over a first grid of three, all parts together took the smallest rate of Muon, and were 0.09 lower there than at Muon's
-own; without LayerNorm Scaling the smallest of four. Parts cost time, so seconds to the plain model's best loss stand beside the loss. Against "it adds up" would count:
-all no lower than the best single part, which is taken beforehand to be Muon.
+own; without LayerNorm Scaling the smallest of four. Parts cost time, so seconds to the plain model's best loss stand beside the
+loss. Against "it adds up" would count: all no lower than the best single part, which is taken beforehand to be Muon.
 """
 
 from experiments import text

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from kernels.mosaic_gpu import limits
 from strata.errors import ConfigError
 
+THREADS = 8
+"""Of XLA's pool, at least. Every warpgroup of a block that waits for another holds one; with two, on a machine of two cores, a
+block of three waited for ever.
+"""
+
+
+def pool() -> int:
+    """Threads of XLA's pool on the CPU, if `NPROC` is what it was when JAX started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(os.environ.get("NPROC") or cores)
+
 
 def parameters(*, detect_races: bool = True) -> Any:
     """What `interpret=` of the ops takes to run the Hopper kernels on a CPU.
 
     Raises:
-      ConfigError: the JAX that is installed has no such interpreter.
+      ConfigError: the JAX that is installed has no such interpreter, or XLA has too few threads for it.
     """
+    if pool() < THREADS:
+        raise ConfigError(
+            f"kernels.mosaic_gpu: XLA has {pool()} threads here, and the GPU interpreter may wait for ever with fewer than "
+            f"{THREADS}; set NPROC={2 * THREADS} in the environment before JAX starts"
+        )
     try:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -17,6 +17,9 @@ from kernels.mosaic_gpu.limits import SHARED_MEMORY, TILE
 SWIZZLED = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 """How a bfloat16 tile lies in shared memory: what the tensor cores read."""
 
+AVAILABLE = SHARED_MEMORY - 4096
+"""Bytes for tiles and vectors: the rest is for barriers and for sums across warps."""
+
 
 class Form(NamedTuple):
     """Static choices of one call; hashable."""
@@ -110,6 +113,11 @@ def columns(tile: Any) -> Any:
     return pl.ds(tile * TILE, TILE)
 
 
+def occupied(form: Form, pool: int, row_slots: int, vectors: int) -> int:
+    """Bytes of shared memory of so many tiles, numbers of rows, and vectors [64]."""
+    return pool * TILE * TILE * 2 + (row_slots * len(form.rows) + vectors) * TILE * 4
+
+
 def launch(
     form: Form,
     name: str,
@@ -126,16 +134,20 @@ def launch(
     numbers: bool = False,
     diagonal: bool = False,
     channel: bool = False,
+    workers: int = 1,
 ) -> dict[str, jax.Array]:
-    """Run `body(form, refs)` once for every point of `grid`, each on one warpgroup.
+    """Run `body(form, refs)` once for every point of `grid`, each on one warpgroup; with more `workers`, on each of them and on
+    one more. `refs.warpgroup` tells them apart.
 
     `refs` has every input and output by name, in device memory, and in shared memory: pool [pool,64,64] bfloat16 tiles;
-    barriers, for every number in `copies` [slots] that complete when so many copies have arrived; rows_smem
-    [row_slots,len(form.rows),64], vectors [vectors,64], diagonal [64] and channel [64], float32; numbers [64], int32.
+    barriers, for every number in `copies` [slots] that complete when so many copies have arrived; freed [slots], of several
+    workers, that complete when each has arrived; rows_smem [row_slots,len(form.rows),64], vectors [vectors,64], diagonal [64]
+    and channel [64], float32; numbers [64], int32.
     """
     scratch = {
         "pool": plgpu.SMEM((pool, TILE, TILE), jnp.bfloat16, transforms=SWIZZLED),
         "barriers": tuple(plgpu.Barrier(num_barriers=slots, num_arrivals=count) for count in copies),
+        "freed": plgpu.Barrier(num_barriers=slots, num_arrivals=workers) if workers > 1 else None,
         "rows_smem": plgpu.SMEM((row_slots, len(form.rows), TILE), jnp.float32) if row_slots else None,
         "vectors": plgpu.SMEM((vectors, TILE), jnp.float32) if vectors else None,
         "numbers": plgpu.SMEM((TILE,), jnp.int32) if numbers else None,
@@ -143,16 +155,19 @@ def launch(
         "channel": plgpu.SMEM((TILE,), jnp.float32) if channel else None,
     }
     scratch = {name: kind for name, kind in scratch.items() if kind is not None}
-    used = pool * TILE * TILE * 2 + (row_slots * len(form.rows) + vectors + numbers + diagonal + channel) * TILE * 4
-    if used > SHARED_MEMORY - 4096:  # left for barriers and for sums across warps
+    used = occupied(form, pool, row_slots, vectors + numbers + diagonal + channel)
+    if used > AVAILABLE:
         raise AssertionError(f"{form.name} {name}: {used} bytes of shared memory")
     names = (*inputs, *outputs)
 
     def entry(*refs: Any, **shared: Any) -> None:
         at = {name: lax.axis_index(name) for name in grid}
+        at |= {"workers": workers, "warpgroup": lax.axis_index("warpgroup") if workers > 1 else 0}
         body(form, SimpleNamespace(**dict(zip(names, refs, strict=True)), **shared, **at))
 
     options = {"interpret": form.interpret} if form.interpret else {}
+    if workers > 1:
+        options |= {"num_threads": workers + 1, "thread_name": "warpgroup"}
     found = plgpu.kernel(
         entry,
         out_type=tuple(outputs.values()),

@@ -15,6 +15,12 @@ LARGEST_VALUE_SIZE = 256
 USUAL_VALUE_SIZE = 128
 SHARED_MEMORY = 232448
 """Bytes a block may have on Hopper."""
+WORKERS = 2
+"""Warpgroups of a specialised block that compute, beside one that brings what they read."""
+STARTING, COMPUTING, BRINGING = 168, 208, 88
+"""Registers of a thread of such a block: when it starts, and what it then gives up or gets. A block that started with fewer
+would wait for ever for what nobody gives up; `compiled` refuses another number.
+"""
 VERSIONS = ((0, 11, 2), (0, 12))
 """JAX from the first and before the second: the Mosaic GPU interface changes between minor versions."""
 

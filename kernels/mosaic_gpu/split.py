@@ -15,8 +15,8 @@ from kernels.mosaic_gpu import states
 from kernels.mosaic_gpu.layout import Form, Size
 from kernels.mosaic_gpu.limits import TILE
 
-BLOCKS = 2 * 132
-"""Blocks that keep an H200 busy: two on each multiprocessor."""
+WARPGROUPS = 2 * 132
+"""Warpgroups that compute, each 64 columns of V, and keep an H200 busy: two on each multiprocessor."""
 SHORTEST = 4
 """Chunks of a piece, at least."""
 LEAST = 4
@@ -30,9 +30,9 @@ Arrays = dict[str, jax.Array]
 
 def pieces(size: Size) -> int:
     """Into how many pieces a sequence is split: a power of two; 1 when there is work enough."""
-    blocks = size.batch * size.heads * size.value_tiles
+    warpgroups = size.batch * size.heads * size.value_tiles
     count = 1
-    while 2 * count * blocks <= BLOCKS and size.chunks % (2 * count) == 0 and size.chunks // (2 * count) >= SHORTEST:
+    while 2 * count * warpgroups <= WARPGROUPS and size.chunks % (2 * count) == 0 and size.chunks // (2 * count) >= SHORTEST:
         count *= 2
     return count if count >= LEAST else 1
 

@@ -1,5 +1,5 @@
 """The passage of states through the chunks, forward, and of their cotangents, backward: chunks in order, one [K,64] slice a
-block.
+warpgroup.
 
 With read, kept, entered = q, k, k (times the factors of a decay by channel) and the factors of a row, the entering state E
 gives
@@ -13,8 +13,10 @@ and the cotangent dF of the leaving state, with do that of the output,
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.mosaic_gpu.decays import Rows
-from kernels.mosaic_gpu.layout import Form, Size, columns, launch, tokens
-from kernels.mosaic_gpu.limits import TILE
+from kernels.mosaic_gpu.layout import AVAILABLE, Form, Size, columns, launch, occupied, tokens
+from kernels.mosaic_gpu.limits import TILE, WORKERS
+from kernels.mosaic_gpu.pipeline import alone, bring, compute, specialised
 from kernels.mosaic_gpu.tiles import (
     Operand,
     Pool,
@@ -33,9 +36,9 @@ from kernels.mosaic_gpu.tiles import (
     done,
     dot,
     fetched,
+    hidden,
     keep,
     keep_both,
-    loop,
     nn,
     put,
     read,
@@ -43,48 +46,50 @@ from kernels.mosaic_gpu.tiles import (
 )
 
 
+def _working(form: Form, key_tiles: int) -> int:
+    """Tiles that a worker has to itself: for a state, and for what is written."""
+    return form.made * (key_tiles + 1)
+
+
 class _Chunks:
     """The tiles of one chunk, twice where shared memory allows: the next one's are copied while one's are used.
 
-    keys: names of inputs with K columns; values: with the block's 64 columns of V; squares: 64 x 64. `row` of the batch has
-    the block's sequence, which takes `length` chunks of it from `begin` on.
+    keys: names of inputs with K columns; value: of the one with 64 columns of V, for each worker its own; squares: 64 x 64.
+    `row` of the batch has the block's sequence; `v_tile` is this warpgroup's.
     """
 
-    def __init__(
-        self, form: Form, refs: SimpleNamespace, keys: tuple[str, ...], values: tuple[str, ...], squares: tuple[str, ...]
-    ):
-        self.form, self.refs, self.values, self.squares = form, refs, values, squares
-        self.count = refs.kept.shape[-1] // TILE
-        if form.packed:
-            self.row, self.begin = 0, refs.bounds[refs.s]
-            self.length = refs.bounds[refs.s + 1] - self.begin
-        else:
-            self.row, self.begin, self.length = refs.s, 0, refs.rows.shape[1]
+    def __init__(self, form: Form, refs: SimpleNamespace, keys: tuple[str, ...], value: str, squares: tuple[str, ...]):
+        self.form, self.refs, self.value, self.squares = form, refs, value, squares
+        self.count, self.slots = refs.kept.shape[-1] // TILE, refs.rows_smem.shape[0]
+        self.workers, self.worker = refs.workers, refs.warpgroup
+        self.v_tile = refs.v_tile * self.workers + self.worker
+        self.row = 0 if form.packed else refs.s
         # Of equal operands, as are kept and entered without a decay by channel, one is there.
         self.keys = tuple(name for name in keys if hasattr(refs, name))
-        self.starts, self.stride = {}, 0
-        for name in (*self.keys, *values, *squares):
-            self.starts[name] = self.stride
-            self.stride += self.pieces(name) * (self.count if name in self.keys else 1)
+        sizes = {name: form.pieces * self.count for name in self.keys} | {value: form.pieces * self.workers}
+        sizes |= dict.fromkeys(squares, form.made)
+        *starts, self.stride = itertools.accumulate(sizes.values(), initial=0)
+        self.starts = dict(zip(sizes, starts, strict=True))
+        begin, working = self.slots * self.stride, _working(form, self.count)
+        self.pool = Pool(form, refs.pool, begin=begin, end=begin + working, shift=self.worker * working)
 
-    def pool(self) -> Pool:
-        """What is left of the tiles."""
-        pool = Pool(self.form, self.refs.pool)
-        pool.next = slots(self.form) * self.stride
-        return pool
+    def square(self, name: str, slot: Any) -> Operand:
+        """A square of one slot."""
+        return Operand(self.refs.pool, self.starts[name] + slot * self.stride, self.form.made)
 
-    def pieces(self, name: str) -> int:
-        """Of an input's tiles."""
-        return self.form.made if name in self.squares else self.form.pieces
-
-    def at(self, name: str, slot: Any) -> Operand:
-        """A tile of one slot."""
-        return Operand(self.refs.pool, self.starts[name] + slot * self.stride, self.pieces(name))
+    def values(self, slot: Any, worker: Any = None) -> Operand:
+        """The columns of V of one slot, this warpgroup's or another's."""
+        start = (self.worker if worker is None else worker) * self.form.pieces
+        return Operand(self.refs.pool, self.starts[self.value] + slot * self.stride + start, self.form.pieces)
 
     def across(self, name: str, slot: Any) -> list[Operand]:
         """The tiles of one slot across K."""
         start = self.starts[name] + slot * self.stride
         return [Operand(self.refs.pool, start + tile * self.form.pieces, self.form.pieces) for tile in range(self.count)]
+
+    def entered(self, slot: Any) -> list[Operand]:
+        """The rows that read the entering state."""
+        return self.across("entered" if "entered" in self.keys else "kept", slot)
 
     def issue(self, n: Any, slot: Any) -> None:
         """Begin the copies of chunk n."""
@@ -100,10 +105,11 @@ class _Chunks:
         for name in self.keys:
             for tile, operand in enumerate(self.across(name, slot)):
                 copy(form, getattr(refs, name), shared, tile, operand, barrier)
-        for name in self.values:
-            copy(form, getattr(refs, name), own, refs.v_tile, self.at(name, slot), barrier)
+        for worker in range(self.workers):
+            v_tile = refs.v_tile * self.workers + worker
+            copy(form, getattr(refs, self.value), own, v_tile, self.values(slot, worker), barrier)
         for name in self.squares:
-            copy(form, getattr(refs, name), (*chunk, slice(None)), 0, self.at(name, slot), barrier)
+            copy(form, getattr(refs, name), (*chunk, slice(None)), 0, self.square(name, slot), barrier)
 
     def arrived(self, slot: Any) -> Rows:
         """Wait for the copies of a slot."""
@@ -117,79 +123,118 @@ class _Chunks:
             factor = factor * by_row(self.refs.vectors.at[slot * self.count + tile])
         return factor
 
+    def span(self) -> tuple[Any, Any]:
+        """The first chunk of the block's sequence, and how many it has."""
+        if not self.form.packed:
+            return 0, self.refs.rows.shape[1]
+        s = hidden(self.refs.s)  # or what is read here would be kept from before the branches of a specialised block, and spill
+        begin = self.refs.bounds[s]
+        return begin, self.refs.bounds[s + 1] - begin
 
-def slots(form: Form) -> int:
-    """float32 takes three times the shared memory, and its tiles come through registers; a delta rule with a decay by channel
-    fills it with one chunk.
+    def passage(self, chunk: Callable[..., Any], enters: Any, leaves: Any, *, reverse: bool) -> None:
+        """The state through all chunks, from device memory to device memory, by `chunk(n, slot, state)`."""
+        refs = self.refs
+        places = [(refs.s, refs.h, columns(tile), columns(self.v_tile)) for tile in range(self.count)]
+
+        def steps() -> tuple[Any, Callable[[Any], Any]]:
+            """How many, and the chunk of each."""
+            begin, length = self.span()
+            return length, lambda step: begin + ((length - 1 - step) if reverse else step)
+
+        def bringing() -> None:
+            length, number = steps()
+            bring(length, self.slots, lambda step, slot: self.issue(number(step), slot), refs.freed)
+
+        def computing() -> None:
+            length, number = steps()
+            state = tuple(fetched(enters.at[place]) for place in places)
+
+            def body(step: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                return chunk(number(step), slot, state)
+
+            if self.workers > 1:
+                state = compute(length, self.slots, body, refs.freed, state)
+            else:
+                state = alone(length, self.slots, lambda step, slot: self.issue(number(step), slot), body, state)
+            for place, x in zip(places, state, strict=True):
+                leaves[place] = x
+            done()
+
+        if self.workers > 1:
+            specialised(self.worker, computing, bringing)
+        else:
+            computing()
+
+
+class Arrangement(NamedTuple):
+    """How a block computes."""
+
+    workers: int
+    slots: int
+    tiles: int  # of shared memory
+    copies: int  # a slot takes
+    vectors: int  # [64], of a slot
+
+
+def arrangement(form: Form, size: Size, keys: int, squares: int) -> Arrangement:
+    """For so many inputs of each kind.
+
+    bfloat16 tiles of V are computed in pairs, each on a warpgroup of its own, with one copy of the keys and squares; an odd
+    number of them one by one. float32 tiles come through the registers of who computes, so a second slot would gain nothing.
     """
-    return 1 if form.exact or (form.delta and form.decay == "vector") else 2
+    workers = WORKERS if size.value_tiles % WORKERS == 0 and not form.exact else 1
+    tiles = form.pieces * (keys * size.key_tiles + workers) + form.made * squares
+    vectors = size.key_tiles if form.decay == "vector" else 0
+    working = workers * _working(form, size.key_tiles)
+    slots = 1 if form.exact or occupied(form, 2 * tiles + working, 2, 2 * vectors) > AVAILABLE else 2
+    return Arrangement(workers, slots, slots * tiles + working, 1 + vectors + (0 if form.exact else tiles), vectors)
 
 
 def _launch(
-    form: Form,
-    size: Size,
-    name: str,
-    body: Any,
-    inputs: dict,
-    outputs: dict,
-    *,
-    sequences: int,
-    keys: int,
-    values: int,
-    squares: int,
-    working: int,
+    form: Form, size: Size, name: str, body: Any, inputs: dict, outputs: dict, *, sequences: int, keys: int, squares: int
 ) -> dict[str, jax.Array]:
-    """`sequences`: rows of the states; `keys`, `values`, `squares`: inputs of each kind; `working`: operands beside them."""
-    vector = form.decay == "vector"
-    tiles = form.pieces * (keys * size.key_tiles + values) + form.made * squares
-    copies = 1 + vector * size.key_tiles + (0 if form.exact else tiles)
+    """`sequences`: rows of the states; `keys`, `squares`: inputs of each kind."""
+    block = arrangement(form, size, keys, squares)
     return launch(
         form,
         name,
         body,
-        grid={"v_tile": size.value_tiles, "h": size.heads, "s": sequences},
+        grid={"v_tile": size.value_tiles // block.workers, "h": size.heads, "s": sequences},
         inputs=inputs,
         outputs=outputs,
-        pool=slots(form) * tiles + form.made * working,
-        slots=slots(form),
-        copies=(copies,),
-        row_slots=slots(form),
-        vectors=slots(form) * size.key_tiles if vector else 0,
+        pool=block.tiles,
+        slots=block.slots,
+        copies=(block.copies,),
+        row_slots=block.slots,
+        vectors=block.slots * block.vectors,
+        workers=block.workers,
     )
 
 
 def _forward(form: Form, refs: SimpleNamespace) -> None:
-    chunks = _Chunks(form, refs, ("kept", "entered"), ("v",), ("solved",) if form.delta else ())
-    pool, row = chunks.pool(), chunks.row
-    entering, written = pool.many(chunks.count, form.made), pool.take(form.made)
-    block = columns(refs.v_tile)
+    squares = ("solved",) if form.delta else ()
+    chunks = _Chunks(form, refs, ("kept", "entered"), "v", squares)
+    row, v_tile = chunks.row, chunks.v_tile
+    entering, written = chunks.pool.many(chunks.count, form.made), chunks.pool.take(form.made)
 
-    def issue(step: Any, slot: Any) -> None:
-        chunks.issue(chunks.begin + step, slot)
-
-    def chunk(step: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        n = chunks.begin + step
+    def chunk(n: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rows = chunks.arrived(slot)
         for tile, x in enumerate(state):
-            keep_both(form, refs.states, (row, n, refs.h, columns(tile)), refs.v_tile, entering[tile], x)
-        w = read(chunks.at("v", slot))
+            keep_both(form, refs.states, (row, n, refs.h, columns(tile)), v_tile, entering[tile], x)
+        w = read(chunks.values(slot))
         if form.delta:
-            entered = chunks.across("entered" if "entered" in chunks.keys else "kept", slot)
-            w = rows.factor("beta") * (w - rows.factor("entry") * dot(*map(nn, entered, entering)))
+            w = rows.factor("beta") * (w - rows.factor("entry") * dot(*map(nn, chunks.entered(slot), entering)))
             put(written, w)
             plgpu.commit_smem()
-            w = dot(nn(chunks.at("solved", slot), written))
-            keep(form, refs.written, (row, tokens(n), refs.h), refs.v_tile, written, w)
+            w = dot(nn(chunks.square("solved", slot), written))
+            keep(form, refs.written, (row, tokens(n), refs.h), v_tile, written, w)
             done()
         put(written, w * rows.factor("exit"))
         plgpu.commit_smem()
         kept = chunks.across("kept", slot)
         return tuple(x * chunks.through(rows, slot, c) + dot(tn(kept[c], written)) for c, x in enumerate(state))
 
-    initial = tuple(fetched(refs.initial.at[(refs.s, refs.h, columns(c), block)]) for c in range(chunks.count))
-    for tile, x in enumerate(loop(chunks.length, slots(form), issue, chunk, initial)):
-        refs.final[refs.s, refs.h, columns(tile), block] = x
-    done()
+    chunks.passage(chunk, refs.initial, refs.final, reverse=False)
 
 
 def forward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -220,51 +265,39 @@ def forward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, j
         outputs,
         sequences=arrays["initial"].shape[0],
         keys=1 + ("entered" in names),
-        values=1,
         squares=int(form.delta),
-        working=size.key_tiles + 1,
     )
 
 
 def _backward(form: Form, refs: SimpleNamespace) -> None:
     squares = ("scores", "solved") if form.delta else ("scores",)
-    chunks = _Chunks(form, refs, ("read", "kept", "entered"), ("do",), squares)
-    pool, row = chunks.pool(), chunks.row
-    leaving, pulled = pool.many(chunks.count, form.made), pool.take(form.made)
-    weighed = pool.take(form.made) if form.made > form.pieces else None
-    block = columns(refs.v_tile)
+    chunks = _Chunks(form, refs, ("read", "kept", "entered"), "do", squares)
+    row, v_tile = chunks.row, chunks.v_tile
+    leaving, pulled = chunks.pool.many(chunks.count, form.made), chunks.pool.take(form.made)
 
-    def chunk(step: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        n = chunks.begin + (chunks.length - 1 - step)
+    def chunk(n: Any, slot: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rows = chunks.arrived(slot)
         for tile, x in enumerate(state):
-            keep_both(form, refs.dstates, (row, n, refs.h, columns(tile)), refs.v_tile, leaving[tile], x)
-        do = chunks.at("do", slot)
-        w = dot(tn(chunks.at("scores", slot), do))
+            keep_both(form, refs.dstates, (row, n, refs.h, columns(tile)), v_tile, leaving[tile], x)
+        do = chunks.values(slot)
+        w = dot(tn(chunks.square("scores", slot), do))
         w = w + rows.factor("exit") * dot(*map(nn, chunks.across("kept", slot), leaving))
         if form.delta:
             put(pulled, w)
             plgpu.commit_smem()
-            w = dot(tn(chunks.at("solved", slot), pulled))
-        keep(form, refs.dwritten, (row, tokens(n), refs.h), refs.v_tile, pulled, w)
+            w = dot(tn(chunks.square("solved", slot), pulled))
+        keep(form, refs.dwritten, (row, tokens(n), refs.h), v_tile, pulled, w)
         done()
-        reading = weighed or do
+        reading = leaving[0]
         put(reading, read(do) * (rows.factor("entry") * form.scale))
         terms = [[tn(x, reading)] for x in chunks.across("read", slot)]
         if form.delta:
             put(pulled, w * (rows.factor("entry") * (0.0 - rows.factor("beta"))))
-            entered = chunks.across("entered" if "entered" in chunks.keys else "kept", slot)
-            terms = [[*term, tn(x, pulled)] for term, x in zip(terms, entered, strict=True)]
+            terms = [[*term, tn(x, pulled)] for term, x in zip(terms, chunks.entered(slot), strict=True)]
         plgpu.commit_smem()
         return tuple(x * chunks.through(rows, slot, c) + dot(*terms[c]) for c, x in enumerate(state))
 
-    def issue(step: Any, slot: Any) -> None:
-        chunks.issue(chunks.begin + (chunks.length - 1 - step), slot)
-
-    last = tuple(fetched(refs.dfinal.at[(refs.s, refs.h, columns(c), block)]) for c in range(chunks.count))
-    for tile, x in enumerate(loop(chunks.length, slots(form), issue, chunk, last)):
-        refs.dinitial[refs.s, refs.h, columns(tile), block] = x
-    done()
+    chunks.passage(chunk, refs.dfinal, refs.dinitial, reverse=True)
 
 
 def backward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -294,7 +327,5 @@ def backward(form: Form, size: Size, arrays: dict[str, jax.Array]) -> dict[str, 
         outputs,
         sequences=arrays["dfinal"].shape[0],
         keys=2 + ("entered" in names),
-        values=1,
         squares=1 + form.delta,
-        working=size.key_tiles + 1 + (form.made > form.pieces),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -175,17 +174,21 @@ def fetched(gmem: Any) -> jax.Array:
 
 
 class Pool:
-    """Hands out operands from the tiles of shared memory that a kernel has; what is given back is handed out again."""
+    """Hands out operands from the tiles of shared memory that a kernel has; what is given back is handed out again.
 
-    def __init__(self, form: Form, tiles: Any):
-        self.tiles, self.pieces, self.next = tiles, form.pieces, 0
+    begin, end: of the tiles to hand out, all unless given. shift: of each of them, known when the kernel runs.
+    """
+
+    def __init__(self, form: Form, tiles: Any, *, begin: int = 0, end: int | None = None, shift: Any = 0):
+        self.tiles, self.pieces, self.shift, self.next = tiles, form.pieces, shift, begin
+        self.end = tiles.shape[0] if end is None else end
 
     def take(self, pieces: int | None = None) -> Operand:
         """An operand of `pieces`, or of as many as the form's inputs need."""
-        operand = Operand(self.tiles, self.next, pieces or self.pieces)
+        operand = Operand(self.tiles, self.next + self.shift, pieces or self.pieces)
         self.next += operand.pieces
-        if self.next > self.tiles.shape[0]:
-            raise AssertionError(f"{self.next} tiles of a pool of {self.tiles.shape[0]}")
+        if self.next > self.end:
+            raise AssertionError(f"{self.next} tiles of a pool that ends at {self.end}")
         return operand
 
     def many(self, count: int, pieces: int | None = None) -> list[Operand]:
@@ -243,34 +246,3 @@ def keep_both(form: Form, gmem: Any, at: tuple, tile: Any, operand: Operand, x: 
 def done() -> None:
     """Wait until everything that `keep` sent has left shared memory."""
     plgpu.wait_smem_to_gmem(0)
-
-
-def loop(count: Any, slots: int, issue: Callable[[Any, Any], None], body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-    """Chunks 0 .. count - 1 in order: `issue(n, slot)` begins the copies of chunk n, `body(n, slot, carry)` uses them.
-
-    With two slots the copies of the next chunk are under way while one is used. A slot is filled again only after a commit:
-    what was read from it has been read. A count that is not known yet may be 0.
-    """
-    if slots == 1:
-
-        def alone(n: Any, carry: Any) -> Any:
-            issue(n, 0)
-            carry = body(n, 0, carry)
-            plgpu.commit_smem()
-            return carry
-
-        return lax.fori_loop(0, count, alone, carry)
-    pl.when(count > 0)(lambda: issue(0, 0))
-
-    def ahead(n: Any, carry: Any) -> Any:
-        slot = lax.rem(n, 2)
-
-        @pl.when(n + 1 < count)
-        def _next() -> None:
-            issue(n + 1, 1 - slot)
-
-        carry = body(n, slot, carry)
-        plgpu.commit_smem()
-        return carry
-
-    return lax.fori_loop(0, count, ahead, carry)

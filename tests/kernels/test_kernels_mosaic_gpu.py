@@ -41,6 +41,11 @@ COVERING = [
     ("kda", 65, "segments", "float32", 16, 8),
     ("kda", 65, "one", "bfloat16", 16, 136),
     ("kda", 128, "segments", "bfloat16", 128, 64),
+    # Pairs of tiles of V: two warpgroups compute, one brings, with one slot and with two, each filled again.
+    ("gla", 200, "segments", "bfloat16", 16, 128),
+    ("kda", 130, "one", "bfloat16", 128, 128),
+    ("gated_delta_rule", 200, "packed", "bfloat16", 16, 72),
+    ("linear_attention", 130, "one", "bfloat16", 16, 200),
     # Sequences in chunks of their own, some empty, one of a single token.
     ("simple_gla", 200, "packed", "bfloat16", 16, 8),
     ("gated_delta_rule", 100, "packed", "float32", 16, 8),
@@ -231,12 +236,58 @@ def test_spills_and_grown_register_counts_are_named():
     assert compiled.worse(found, before) == ["none_b float32 spills 8 bytes", "scalar_a bfloat16 has 11 registers, was 10"]
 
 
+def test_a_specialised_kernel_that_would_wait_for_registers_for_ever_is_an_error(tmp_path):
+    assert limits.WORKERS * limits.COMPUTING + limits.BRINGING <= (limits.WORKERS + 1) * limits.STARTING
+    text = (
+        "ptxas info    : Compiling entry function 'scalar_a_mosaic_gpu_kernel' for 'sm_90a'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info    : Used {} registers\n"
+    )
+    (tmp_path / "a.ptx").write_text("setmaxnreg.inc.sync.aligned.u32 208;")
+    (tmp_path / "a.ptxas").write_text(text.format(limits.STARTING))
+    assert compiled.report(tmp_path) == {"scalar_a": {"registers": limits.STARTING, "spilled": 0}}
+    for wrong in (text.format(160), text.format(limits.STARTING) + "'setmaxnreg' ignored"):
+        (tmp_path / "a.ptxas").write_text(wrong)
+        with pytest.raises(SystemExit, match="would hang"):
+            compiled.report(tmp_path)
+
+
+@needs_jax
+def test_pairs_of_tiles_share_a_block_and_two_slots_are_taken_where_they_fit():
+    from kernels.mosaic_gpu import states
+    from kernels.mosaic_gpu.layout import Form, Size
+
+    def block(decay, delta, dtype, key_tiles, value_tiles, keys, squares):
+        form = Form(decay, delta, True, False, 1.0, 1, dtype == "float32", None)
+        return states.arrangement(form, Size(1, 1, 4, key_tiles, value_tiles), keys, squares)[:3]
+
+    assert block("scalar", False, "bfloat16", 2, 2, 1, 0) == (2, 2, 14)
+    assert block("scalar", False, "bfloat16", 2, 3, 1, 0) == (1, 2, 9)
+    assert block("scalar", False, "float32", 2, 2, 1, 0) == (1, 1, 18)
+    assert block("scalar", True, "bfloat16", 1, 2, 2, 2) == (2, 2, 24)  # dstates
+    assert block("scalar", True, "bfloat16", 2, 2, 2, 2) == (2, 1, 22)
+    assert block("vector", True, "bfloat16", 2, 2, 2, 1) == (2, 1, 20)  # states
+    assert block("vector", True, "bfloat16", 2, 1, 2, 1) == (1, 2, 20)
+
+
+@needs_jax
+def test_tiles_that_belong_to_another_warpgroup_are_not_handed_out():
+    from kernels.mosaic_gpu.layout import Form
+    from kernels.mosaic_gpu.tiles import Pool
+
+    form = Form("none", False, False, False, 1.0, 1, False, None)
+    pool = Pool(form, np.empty((10, 64, 64)), begin=2, end=4, shift=6)
+    assert [pool.take().start, pool.take().start] == [8, 9]
+    with pytest.raises(AssertionError, match="5 tiles of a pool that ends at 4"):
+        pool.take()
+
+
 def test_register_counts_are_those_of_the_kernels_as_they_are_and_no_kernel_spills():
     record = compiled.recorded()
     assert record["source"] == compiled.source_hash(), "python -m kernels.mosaic_gpu.compiled --write; see its docstring"
     assert not compiled.spilling(record["kernels"])
     cases = list(compiled.cases(TOLERANCE))
-    assert len(cases) == 44  # six forms, two dtypes, two widths, packed or not, but two wide forms that are refused
+    # Six forms, packed or not, of two widths and in bfloat16 of three, but for two wide forms that are refused.
+    assert len(cases) == 6 * 2 * (3 + 2) - 4
     names = {
         f"{compiled.name(decay, delta)}_{kernel} {dtype}{'' if variant == 'usual' else f' {variant}'}"
         for decay, delta, dtype, variant in cases
@@ -254,6 +305,12 @@ def test_a_part_compiled_alone_replaces_only_itself_while_sources_and_versions_a
     assert changed == {"kernels": {"b": three}, "earlier": {"a": one}}
     assert compiled.merged({"b": three}, record, "old", {"jax": "2"}) == changed
     assert compiled.worse({"a": two}, compiled.known(changed)) == ["a has 2 registers, was 1"]
+
+
+def test_too_few_threads_for_the_interpreter_are_refused_where_it_would_hang(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(ConfigError, match="XLA has 2 threads here.*set NPROC=16"):
+        interpreter.parameters()
 
 
 def test_an_interpreter_that_is_not_there_is_an_error_with_the_reason(monkeypatch):
