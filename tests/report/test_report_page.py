@@ -156,6 +156,20 @@ def test_many_arms_and_long_names_are_drawn(planted, make_experiment):
     assert next(d for d in drawings if d.name == "curve-val-loss").svg.count("an arm with a rather long") == 10
 
 
+def test_arms_of_another_task_are_drawn_apart(planted, make_experiment):
+    arms = [Arm("a"), Arm("b", {RATE: 0.2}), Arm("on text: a", {RATE: 0.3}), Arm("on text: b", {RATE: 0.4})]
+    found = make_experiment(arms=arms, claims=[Claim(statement="s", source="x", arm="b", against="a", rule=Rule())])
+    plan = planted.plan(found)
+    for run in plan.runs:
+        planted.write(run, [4.0, 3.0, 2.0])
+    drawings = {drawing.name: drawing for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    for name in ("curve-val-loss", "speed"):
+        assert "on text" not in drawings[name].svg and "on text: a" in drawings[f"{name}-on-text"].svg
+        assert drawings[f"{name}-on-text"].title.startswith("on text: ")
+    # A family has colours of its own.
+    assert drawings["speed"].svg.count("#0072b2") == drawings["speed-on-text"].svg.count("#0072b2") > 0
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_offline_without_sideways_scrolling(page, tmp_path, width):

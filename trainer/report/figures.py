@@ -17,7 +17,7 @@ from trainer.report import statistics
 from trainer.report.analysis import Report
 from trainer.report.results import Record, Results
 from trainer.sweep import outcome as outcomes
-from trainer.sweep.experiment import Metric
+from trainer.sweep.experiment import Arm, Metric
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; line styles repeat it in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D31")
@@ -50,9 +50,20 @@ def draw(report: Report) -> list[Drawing]:
     except ImportError:
         raise ConfigError("a report needs SciPy and Matplotlib: pip install 'strata-lm[report]'") from None
     results = report.results
-    found = [_curves(results, split, name) for split, name in _curve_names(results)]
-    found += [_effects(report), _speed(results), *_heat_maps(results), *_u_curves(results)]
+    families = _families(results).items()
+    found = [_curves(results, *family, split, name) for split, name in _curve_names(results) for family in families]
+    found += [_effects(report), *(_speed(results, *family) for family in families)]
+    found += [*_heat_maps(results), *_u_curves(results)]
     return [drawing for drawing in found if drawing is not None]
+
+
+def _families(results: Results) -> dict[str, list[Arm]]:
+    """Arms by what their names have before a colon: those of another task are drawn apart, as are "text: a" and "text: b"."""
+    found: dict[str, list[Arm]] = {}
+    for arm in results.arms:
+        head, colon, _ = arm.name.partition(": ")
+        found.setdefault(head if colon else "", []).append(arm)
+    return found
 
 
 def _curve_names(results: Results) -> list[tuple[str, str]]:
@@ -87,14 +98,14 @@ def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
 
 
-def _looks(results: Results) -> dict[str, dict[str, Any]]:
+def _looks(results: Results, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """Of arms, the same in every figure of curves. Those that have curves come first: they take colours of their own."""
 
     def curved(arm: str) -> bool:
         runs = _with_curve(results, arm)
         return any(len(_shared_curve(runs, split, name)[0]) > 1 for split, name in _curve_names(results))
 
-    names = sorted((arm.name for arm in results.arms), key=lambda name: not curved(name))
+    names = sorted((arm.name for arm in arms), key=lambda name: not curved(name))
     return {name: _look(index) for index, name in enumerate(names)}
 
 
@@ -132,12 +143,12 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return values.mean(0) - half, values.mean(0) + half
 
 
-def _curves(results: Results, split: str, name: str) -> Drawing | None:
-    title = f"{split} {name}"
+def _curves(results: Results, family: str, arms: Sequence[Arm], split: str, name: str) -> Drawing | None:
+    title = _titled(f"{split} {name}", family)
     figure, axes = _figure(f"{title}, mean over seeds with 95 % interval")
     axis, drawn, smallest = axes[0, 0], 0, math.inf
-    looks = _looks(results)
-    for arm in results.arms:
+    looks = _looks(results, arms)
+    for arm in arms:
         steps, values = _shared_curve(_with_curve(results, arm.name), split, name)
         if len(steps) < 2:
             continue
@@ -155,7 +166,16 @@ def _curves(results: Results, split: str, name: str) -> Drawing | None:
         axis.set_yscale("log")
     _legend(figure, axis)
     ends = "; ".join(f"{line.get_label()} ends at {line.get_ydata()[-1]:.4g}" for line in axis.lines)
-    return _drawing(figure, f"curve-{split}-{name}".replace("/", "-"), title, f"{title} by step. {ends}.")
+    return _drawing(figure, _called(f"curve-{split}-{name}", family), title, f"{title} by step. {ends}.")
+
+
+def _titled(title: str, family: str) -> str:
+    return f"{family}: {title}" if family else title
+
+
+def _called(name: str, family: str) -> str:
+    """The name of a family's drawing, which is a file's too."""
+    return "-".join(f"{name} {family}".replace("/", "-").split())
 
 
 def _effects(report: Report) -> Drawing | None:
@@ -188,11 +208,11 @@ def _effects(report: Report) -> Drawing | None:
     return _drawing(figure, "effects", "improvements", f"Improvement of every claim, positive in its direction. {alt}.")
 
 
-def _speed(results: Results) -> Drawing | None:
+def _speed(results: Results, family: str, arms: Sequence[Arm]) -> Drawing | None:
     """Steps that an arm needs to a value, over the values that all arms pass."""
     metric = dataclasses.replace(results.metric, kind="value", target=None)
     curves = {}
-    for arm in results.arms:
+    for arm in arms:
         runs = [outcomes.series(record.rows, metric) for record in _with_curve(results, arm.name)]
         if runs := [run for run in runs if len(run) > 1]:
             curves[arm.name] = runs
@@ -205,9 +225,9 @@ def _speed(results: Results) -> Drawing | None:
     start, end = better(starts), better(ends)
     if not (math.isfinite(start) and math.isfinite(end)) or start == end:
         return None
-    figure, axes = _figure(f"steps to a {metric.split} {metric.name}, mean over seeds")
-    axis, targets, looks = axes[0, 0], np.linspace(start, end, 60), _looks(results)
-    for arm in results.arms:
+    figure, axes = _figure(_titled(f"steps to a {metric.split} {metric.name}, mean over seeds", family))
+    axis, targets, looks = axes[0, 0], np.linspace(start, end, 60), _looks(results, arms)
+    for arm in arms:
         if arm.name not in curves:
             continue
         points = []
@@ -222,9 +242,8 @@ def _speed(results: Results) -> Drawing | None:
     if metric.lower_is_better:
         axis.invert_xaxis()
     _legend(figure, axis)
-    return _drawing(
-        figure, "speed", "speed to a value", f"Steps that each arm needs until {metric.split} {metric.name} reaches a value."
-    )
+    alt = f"Steps that each arm needs until {metric.split} {metric.name} reaches a value."
+    return _drawing(figure, _called("speed", family), _titled("speed to a value", family), alt)
 
 
 def _arrays(record: Record) -> dict[tuple[str, str], list[tuple[int, np.ndarray]]]:

@@ -170,7 +170,7 @@ class Arm:
     """One thing that is compared.
 
     Args:
-      name: of the arm.
+      name: of the arm. Arms that share what is before a colon, as "text: a" and "text: b", are drawn apart from all others.
       changes: values by config path, over the config and the scale; a dict replaces a component, `RunOf(arm)` is another arm's
         run directory. For a measurement: its arguments.
       config: another config file than the experiment's.
