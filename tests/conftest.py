@@ -41,8 +41,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Threads enough for the GPU interpreter, whatever the machine has; read when JAX starts its CPU back-end, after this."""
-    if "hopper" in config.option.markexpr:
+    """Threads enough for the GPU interpreter where its tests are asked for. JAX reads this when it starts, afterwards."""
+    asked = config.option.markexpr
+    if any(mark in asked and f"not {mark}" not in asked for mark in ("hopper", "full")):
         os.environ.setdefault("NPROC", "16")
 
 
