@@ -12,7 +12,8 @@ schedules, the two noise estimators are never compared. No code is public, and s
 
 "About 4 %" is tested as at most 8 %, so that 4 % can be told from the limit.
 
-Controls: every headline arm has its rate tuned over a grid of equal length. `lmo` is LANTON's own base with one rate for all,
+Controls: every headline arm has its rate tuned over a grid of equal length; Muon's has one rate more above, which its arm with
+LANTON wants. `lmo` is LANTON's own base with one rate for all,
 without which a gain over Muon could be the base's (signs for embeddings, no AdamW). Both estimators: the difference to the last
 gradient, which also sees the drift, and to an independent one. `lanton, paper's interval` measures at every update. Muon with
 the same layerwise rates shows whether they help on another base. Against the claim would count: `lmo` as low as LANTON, or
@@ -44,7 +45,7 @@ def get_experiment() -> Experiment:
     """Three headline arms."""
     lmo = Tuning(space=axis(RATE, [0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
     moonlight = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2, 3e-2]), scales=["laptop"])
-    muon = Tuning(space=axis(RATE, [0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
+    muon = Tuning(space=axis(RATE, [0.005, 0.01, 0.02, 0.04, 0.08]), scales=["laptop"])
     steps = Metric(kind="steps_to", target="d-muon", at="best")
     seconds = Metric(kind="seconds_to", target="d-muon", at="best")
     each = Metric("timing.step_seconds", split="train", at="median", unit="s")
