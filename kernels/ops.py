@@ -393,5 +393,5 @@ def _run(
     chosen = registry.choose(call, backend)
     arrays = _arrays(tensors)
     with jax.named_scope(f"{op}_{chosen.backend}"):
-        o, final_state = registry.implementation(call, chosen.backend)(call, arrays)
+        o, final_state = registry.run(call, chosen.backend, arrays)
     return o, final_state if output_final_state else None

@@ -7,6 +7,7 @@ or raises with its reason; nothing is swapped silently.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from kernels.tuning import LEGAL, Tuned, tuned
 from strata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kernels.arguments import Call
+    from kernels.arguments import Call, Tensors
 
 OPS = (
     "linear_attention",
@@ -31,6 +32,7 @@ OPS = (
     "lightnet",
 )
 BACKENDS = ("reference", "xla", "tpu", "mosaic_gpu")
+PALLAS = ("tpu", "mosaic_gpu")
 AUTOMATIC = ("tpu", "xla")
 """Order in which `auto` asks."""
 UNASKED = {
@@ -48,14 +50,18 @@ class Implementation(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The back-end of a call, what the others said, and how it was tuned (None where there is nothing to tune)."""
+    """The back-end of a call, what the others said, how it was tuned (None where there is nothing to tune), and the dtype that
+    its kernels are given (None where it is that of the call).
+    """
 
     backend: str
     refusals: dict[str, str]
     tuned: Tuned | None = None
+    converted: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"back-end: {self.backend}" + (f", {self.tuned}" if self.tuned else "")]
+        how = [str(self.tuned)] * (self.tuned is not None) + [f"computed in {self.converted}"] * (self.converted is not None)
+        lines = [", ".join([f"back-end: {self.backend}", *how])]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refusals.items()])
 
 
@@ -68,17 +74,22 @@ def register(backend: str, entry: str, refusal: Callable[[Call], str | None], op
         _implementations[op, backend] = Implementation(entry, refusal)
 
 
+def converted(call: Call, backend: str) -> Call:
+    """The call that a back-end is given: Pallas kernels compute float16 in float32, as states and sums leave its range."""
+    return dataclasses.replace(call, dtype="float32") if backend in PALLAS and call.dtype == "float16" else call
+
+
 def refusal(call: Call, backend: str) -> str | None:
     """Why `backend` cannot serve `call`; None when it can."""
     if backend not in BACKENDS:
         return f"there is no back-end of this name; expected one of auto, {', '.join(BACKENDS)}"
     found = _implementations.get((call.op, backend))
-    return f"{call.op} is not built for it in this version" if found is None else found.refusal(call)
+    return f"{call.op} is not built for it in this version" if found is None else found.refusal(converted(call, backend))
 
 
 def _not_split(call: Call, backend: str) -> str | None:
     """A Pallas kernel is fine on many devices within `jax.shard_map`; elsewhere it would not compile on a mesh."""
-    if call.devices > 1 and backend in ("tpu", "mosaic_gpu"):
+    if call.devices > 1 and backend in PALLAS:
         return (
             f"there are {call.devices} devices and Pallas kernels are not split by themselves: call it within "
             "jax.shard_map(..., check_vma=False) over all axes"
@@ -86,8 +97,10 @@ def _not_split(call: Call, backend: str) -> str | None:
     return None
 
 
-def _tuned(call: Call, backend: str) -> Tuned | None:
-    return tuned(call, backend) if backend in LEGAL else None
+def _chosen(call: Call, backend: str, refusals: dict[str, str]) -> Choice:
+    given = converted(call, backend)
+    how = tuned(given, backend) if backend in LEGAL else None
+    return Choice(backend, refusals, how, None if given is call else given.dtype)
 
 
 def choose(call: Call, backend: str = "auto") -> Choice:
@@ -100,22 +113,28 @@ def choose(call: Call, backend: str = "auto") -> Choice:
         reason = refusal(call, backend)
         if reason is not None:
             raise ConfigError(f'kernels.{call.op}: backend="{backend}" cannot serve this call: {reason}')
-        return Choice(backend, {}, _tuned(call, backend))
+        return _chosen(call, backend, {})
     unasked = {name: refusal(call, name) or reason for name, reason in UNASKED.items()}
     refusals: dict[str, str] = {}
     for name in AUTOMATIC:
         reason = refusal(call, name) or _not_split(call, name) or (tpu.untried(call) if name == "tpu" else None)
         if reason is None:
-            return Choice(name, refusals | unasked, _tuned(call, name))
+            return _chosen(call, name, refusals | unasked)
         refusals[name] = reason
     said = "".join(f"\n  {name}: {reason}" for name, reason in (refusals | unasked).items())
     raise ConfigError(f"kernels.{call.op}: no back-end can serve this call:{said}")
 
 
-def implementation(call: Call, backend: str) -> Callable[..., Any]:
-    """The function of a back-end that `choose` gave."""
+def run(call: Call, backend: str, tensors: Tensors) -> tuple[Any, Any]:
+    """o [B,T,HV,V] in the dtype of v, and the final state, by a back-end that `choose` gave."""
     module, _, name = _implementations[call.op, backend].entry.partition(":")
-    return getattr(importlib.import_module(module), name)
+    serve = getattr(importlib.import_module(module), name)
+    given = converted(call, backend)
+    if given is call:
+        return serve(call, tensors)
+    q, k, v = (x.astype(given.dtype) for x in (tensors.q, tensors.k, tensors.v))
+    o, final_state = serve(given, tensors._replace(q=q, k=k, v=v))
+    return o.astype(call.dtype), final_state
 
 
 def _no_pallas_to_interpret(call: Call) -> str | None:

@@ -71,6 +71,14 @@ def test_explain_answers_for_the_call_that_lightnet_makes():
     assert o.dtype == jnp.float16
 
 
+def test_explain_says_where_float16_is_computed_in_float32():
+    half = jax.ShapeDtypeStruct(Q.shape, jnp.float16)
+    chosen = kernels.explain("linear_attention", half, half, half, backend="tpu", interpret=True)
+    assert str(chosen).endswith(", computed in float32") and chosen.converted == "float32"
+    plain = kernels.explain("linear_attention", half, half, half)
+    assert plain.backend == "xla" and plain.converted is None and "computed in" not in str(plain)
+
+
 def chosen_on_a_mesh() -> None:
     """What `auto` takes of an interpreted kernel and of `xla` on four devices, outside `jax.shard_map` and in its forms."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
