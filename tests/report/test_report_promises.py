@@ -44,8 +44,13 @@ def grid(*rates):
     ("before", "after", "words"),
     [
         ({}, {"metric": Metric("loss", unit="nats", lower_is_better=False)}, "lower_is_better then true, now false"),
-        ({}, {"scales": {"smoke": Scale(seeds=6)}}, "seeds.a then [0, 1, 2, 3, 4], now [0, 1, 2, 3, 4, 5]"),
+        ({}, {"scales": {"smoke": Scale(seeds=6)}}, "seeds.a now with 5"),
         ({}, {"arms": [Arm("a"), Arm("b", tune=grid(0.5, 0.7))]}, 'tuning.b.points then null, now [{"optimizer.direction'),
+        (
+            {"scales": {"smoke": Scale(seeds=[0, 1, 3])}},
+            {"scales": {"smoke": Scale(seeds=[0, 1, 2])}},
+            "seeds.a now with 2, now without 3",
+        ),
         ({}, {"rule": Rule(effect=0.5, power=0.5)}, "rule.power then 0.8, now 0.5"),
         ({}, {"rule": Rule(effect=0.5, margin=0.1)}, "rule.margin then 0.0, now 0.1"),
         ({}, {"metric": Metric("loss", at="best")}, "val loss (best)"),
@@ -78,7 +83,7 @@ def test_a_statement_about_other_arms_is_said_once_and_a_change_of_many_claims_t
     planted.place.write_plan(plan)
     planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
     more = said(of("a", 6))
-    assert more.count("seeds.c then") == 1 and "2 claims: seeds.c then" in more
+    assert more.count("seeds.c now") == 1 and "2 claims: seeds.c now with 5" in more
     other = [claim for claim in of("a", 5).claims if claim.arm == "b"]
     other.append(Claim(statement="c wins", source="x", arm="c", against="b", rule=rule))
     words = said(make_experiment(arms=arms, claims=other))

@@ -58,17 +58,29 @@ def _compared(rule: Mapping[str, Any]) -> str:
 
 
 def _changes(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`path then ..., now ...` of every field that both have; fields in words only where the exact ones are not there."""
+    """What became of every field that both have; fields in words only where the exact ones are not there."""
     exact = "claim" in first and "claim" in now
     kept = [key for key in first if key in now and not (exact and key in _WORDS)]
     one, two = (flat({key: rule[key] for key in kept}) for rule in (first, now))
     fields = ("claim.", "metrics.")  # another version of the code may have more of them
     paths = [path for path in one.keys() | two.keys() if (path in one and path in two) or not path.startswith(fields)]
     return [
-        f"{path.removeprefix('claim.')} then {_shown(one.get(path))}, now {_shown(two.get(path))}"
+        f"{path.removeprefix('claim.')} {_difference(one.get(path), two.get(path))}"
         for path in sorted(paths)
         if one.get(path) != two.get(path)
     ]
+
+
+def _difference(then: Any, now: Any) -> str:
+    """Of lists, such as the points of a grid, only what one has and the other has not."""
+    if isinstance(then, list) and isinstance(now, list):
+        more, gone = ([x for x in found if x not in other] for found, other in ((now, then), (then, now)))
+        told = [
+            f"{word} {', '.join(map(_shown, points))}" for word, points in (("now with", more), ("now without", gone)) if points
+        ]
+        if told:
+            return ", ".join(told)
+    return f"then {_shown(then)}, now {_shown(now)}"
 
 
 def _shown(value: Any) -> str:
