@@ -235,7 +235,7 @@ def _speed(results: Results, family: str, arms: Sequence[Arm]) -> Drawing | None
             steps = [outcomes.crossing(run, float(target), metric.lower_is_better) for run in curves[arm.name]]
             if all(step is not None for step in steps):
                 points.append((float(target), float(np.mean(steps))))
-        if points:
+        if len(points) > 1:  # one is no line
             axis.plot(*np.array(points).T, label=arm.name, linewidth=1.4, **looks[arm.name])
     axis.set_xlabel(f"{metric.split} {metric.name} reached by all seeds")
     axis.set_ylabel("steps")
