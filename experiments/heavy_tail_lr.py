@@ -54,7 +54,7 @@ def paced(name: str, ramp: bool = False, **rest) -> dict:
 
 def arms() -> list[Arm]:
     """AdamW tuned, then the controls, the relatives, and Muon."""
-    adamw = Tuning(space=axis(RATE, [3e-4, 1e-3, 3e-3, 1e-2]), scales=["laptop"])
+    adamw = Tuning(space=axis(RATE, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]), scales=["laptop"])
     muon = Tuning(space=axis(RATE, [0.0025, 0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
     window = {"smoke": 8, "laptop": 128, "gpu": 384, "paper": 512, "paper_1b": 512}
     square = {scale: dict(change) for scale, change in paced("llr", ramp=True).items()}
