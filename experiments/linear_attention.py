@@ -12,7 +12,9 @@ this, so no claim has a paper's number; single runs of this repository that sugg
 [measured here].
 
 Task: multi-query associative recall (arXiv:2312.04927): 0 nats and accuracy 1 can be reached, chance is ln 63 nats. All mixers
-get the same optimizer, steps and width; at 16 pairs each has its rate tuned on a seed of its own, elsewhere all have one. GLA
+get the same optimizer, steps and width; every arm that a claim names has its rate tuned on a seed of its own, the others have
+0.01 on recall, which attention and GLA took at 16 pairs, and 3e-3 on text. On text mixers have as many parameters as they
+come with: at `laptop` attention 870 k, GLA 886 k, the hybrid 975 k and Gated DeltaNet 1,010 k. GLA
 also gets the short convolution that delta layers have as published, without which it can hardly tell which key a value stood
 behind. Two layers, so that capacity is what is asked for. Against the claims would count: GLA with a convolution as good as the
 delta rule, or softmax attention behind it at equal steps, which the single runs show.
@@ -33,8 +35,15 @@ MIXERS = {
 }
 HEADLINE = ("attention", "gla", "delta_net")
 PAIRS = (4, 8, 16, 24)
-MAIN = 16
+MAIN, MOST = 16, 24
+TUNED = {MAIN: tuple(MIXERS), MOST: ("gla", "delta_net")}
+"""Mixers whose rate is tuned, by the number of pairs: those that a claim names."""
 RECALL = ["smoke", "laptop", "gpu"]
+ON_TEXT = {
+    ("gated_delta_net", "gla"): "arXiv:2412.06464, abstract [recalled]",
+    ("hybrid", "attention"): "arXiv:2510.26692, abstract [recalled]",
+}
+"""Which mixer is claimed to end lower than which, and the source."""
 
 
 def recall_arms() -> list[Arm]:
@@ -45,8 +54,9 @@ def recall_arms() -> list[Arm]:
             headline = pairs == MAIN and name in HEADLINE
             changes = {"model.mixer": mixer, "data.pairs": pairs}
             how = {"by_scale": {"smoke": {"data.pairs": pairs // 4}}, "scales": RECALL, "minutes": {"laptop": 1.2}}
-            tune = Tuning(space=axis(RATE, [0.0025, 0.005, 0.01, 0.02, 0.04]), scales=["laptop"]) if pairs == MAIN else None
-            arms.append(Arm(f"{name}, {pairs} pairs", changes, tune=tune, part=1 if headline else 2, **how))
+            if name in TUNED.get(pairs, ()):
+                how["tune"] = Tuning(space=axis(RATE, [0.0025, 0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
+            arms.append(Arm(f"{name}, {pairs} pairs", changes, part=1 if headline else 2, **how))
     return arms
 
 
@@ -58,6 +68,8 @@ def text_arms() -> list[Arm]:
     for name, mixer in (MIXERS | {"hybrid": hybrid}).items():
         by_scale = {scale: _text(changes) for scale, changes in scales.items()} | {"paper": {}}
         where = {"config": "configs/tiny.py", "part": 2, "scales": list(by_scale)}
+        if any(name in pair for pair in ON_TEXT):
+            where["tune"] = Tuning(space=axis(RATE, [1e-3, 3e-3, 1e-2, 3e-2]), scales=["laptop"])
         arms.append(Arm(f"text: {name}", {"model.mixer": mixer}, by_scale=by_scale, **where))
     return arms
 
@@ -82,7 +94,7 @@ def get_experiment() -> Experiment:
         "checkpoint.every": 0,
     }
     small = {"data.sequence_length": 24, "data.batch_size": 4, "data.vocabulary": 32, "model.width": 16, "train.steps": 8}
-    muon = {"name": "muon", "learning_rate": 0.02, "rest": {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0}}
+    muon = {"name": "muon", "learning_rate": 0.01, "rest": {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0}}
 
     def better(arm: str, against: str, pairs: int, source: str) -> Claim:
         return Claim(
@@ -135,7 +147,7 @@ def get_experiment() -> Experiment:
             better("delta_net", "gla", MAIN, "arXiv:2406.06484, abstract [recalled]"),
             better("attention", "gla", MAIN, "arXiv:2312.04927, abstract [recalled]"),
             better("delta_net", "attention", MAIN, "docs/linear_mixers.md, one run each [measured here]"),
-            better("delta_net", "gla", 24, "arXiv:2406.06484, abstract [recalled]"),
+            better("delta_net", "gla", MOST, "arXiv:2406.06484, abstract [recalled]"),
             better("gated_delta_net", "delta_net", MAIN, "arXiv:2412.06464, abstract [recalled]"),
             better("hybrid", "gated_delta_net", MAIN, "arXiv:2510.26692, abstract [recalled]"),
             *(
@@ -147,10 +159,7 @@ def get_experiment() -> Experiment:
                     rule=Rule(effect=0.02),
                     scales=["laptop", "gpu", "paper"],
                 )
-                for one, other, source in (
-                    ("gated_delta_net", "gla", "arXiv:2412.06464, abstract [recalled]"),
-                    ("hybrid", "attention", "arXiv:2510.26692, abstract [recalled]"),
-                )
+                for (one, other), source in ON_TEXT.items()
             ),
         ],
     )

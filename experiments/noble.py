@@ -9,10 +9,11 @@ The claims: the baseline's best loss in up to 1.47 times fewer steps (32 %), for
 a step, net up to 1.22 times less wall-clock (abstract [P]); 1.34 to 1.37 times at 1.5 B (caption of figure 1 [P], whose step
 range does not quite match); CosNet best of the activations tried (abstract [P], no numbers found).
 
-Controls: the rate of every arm that a claim names is tuned over one grid, since NOBLE's own multipliers give the branch two to five times
-the rate; `no branch` starts its kernels at half the scale, as NOBLE does, and has nothing else of it; `wide` spends the same
-number of parameters on the feed-forward layer. Against the claims would count: `no branch` or `wide` as fast as NOBLE, or a
-step that costs more than it saves. Seconds are of updates alone and compare runs one at a time on a quiet machine (one slot).
+Controls: the rate of every arm that a claim names is tuned over one grid, since NOBLE's own multipliers give the branch two to
+five times the rate; `no branch` starts its kernels at half the scale, as NOBLE does, and has nothing else of it; `wide` spends
+the same number of parameters on the feed-forward layer. Against the claims would count: `no branch` or `wide` as fast as NOBLE,
+or a step that costs more than it saves. Seconds are of updates alone and compare runs one at a time on a quiet machine (one
+slot).
 """
 
 from experiments import text
