@@ -19,8 +19,8 @@ def rows():
             low, high = claim["interval95"]
             reached = claim.get("missed", [0])[0] < claim["pairs"]
             difference = f"{claim['mean']:.3g} [{low:.3g}, {high:.3g}]" if reached else "reached by no run of the arm"
-            # What `trainer.report.verdicts` adds where all of the interval is too small to matter.
-            verdict = claim["verdict"] + ", yet small" * ("yet smaller than the effect worth seeing" in claim["why"])
+            small = "yet smaller than the effect worth seeing" in claim["why"]
+            verdict = claim["verdict"] + ", yet small" * small + ", not tuned" * bool(claim.get("not_tuned"))
             yield f"| {name} | {claim['statement']} | {claim['metric']} | {verdict} | {difference} |"
 
 

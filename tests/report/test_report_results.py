@@ -1,5 +1,6 @@
 """From run directories to a report: pairs, failures, other code, unfinished sweeps, changed rules, comparisons."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -263,18 +264,20 @@ def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, 
     assert any("the tuning of b chose without learning_rate=0.9" in warning for warning in warnings)
 
 
-def test_a_claim_whose_arm_is_tuned_elsewhere_says_so_wherever_it_is_shown(planted, make_experiment):
+def test_a_claim_whose_arm_is_not_tuned_where_others_are_says_so_wherever_it_is_shown(planted, make_experiment):
     tuned = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100], scales=["laptop"])
     scales = {"smoke": Scale(seeds=5), "laptop": Scale(seeds=5)}
     arms = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5}, tune=tuned)]
     report = report_of(planted, planted.write_all(BETTER, make_experiment(arms=arms, scales=scales)))
     verdict = report.verdicts[0]
-    assert verdict.word == REPRODUCED and "not tuned at this scale: b" in verdict.why
-    assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: b"
+    assert verdict.word == REPRODUCED and "not tuned at this scale: a, b" in verdict.why
+    assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: a, b"
     assert verdicts(report).rows[0][1] == "reproduced (not tuned at this scale)"
-    assert to_json(report)["claims"][0]["not_tuned"] == ["b"]
+    assert to_json(report)["claims"][0]["not_tuned"] == ["a", "b"]
     assert markdown.render(report, []).count("not tuned at this scale") == 3
     assert page.render(report, []).count("not tuned at this scale") == 2
+    here = [Arm("a"), Arm("b", tune=dataclasses.replace(tuned, scales=None))]
+    assert report_of(planted, planted.plan(make_experiment(arms=here))).verdicts[0].evidence.untuned == ("a",)
     plain = report_of(planted, planted.write_all(BETTER))
     assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])
 

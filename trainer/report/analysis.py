@@ -111,12 +111,15 @@ def evidence(results: Results, claim: Claim) -> Evidence:
         missed=(sum(a[seed][1] for seed in shared), sum(b[seed][1] for seed in shared)),
         both_missed=len(neither),
         others=tuple(b[seed][0] for seed in shared),
-        untuned=tuple(
-            arm.name
-            for arm in results.arms
-            if arm.name in (claim.arm, claim.against) and arm.tune is not None and not arm.tune.at(results.scale)
-        ),
+        untuned=_untuned(results, (claim.arm, claim.against)),
     )
+
+
+def _untuned(results: Results, names: tuple[str, str]) -> tuple[str, ...]:
+    """Arms of a claim that are not tuned, in an experiment that tunes others or, at another scale, these."""
+    if all(arm.tune is None for arm in results.arms):
+        return ()
+    return tuple(arm.name for arm in results.arms if arm.name in names and not (arm.tune and arm.tune.at(results.scale)))
 
 
 def _improvement(rule: Rule, sign: int, own: tuple[float, bool], other: tuple[float, bool]) -> float:

@@ -49,7 +49,7 @@ class Evidence:
         improvement is at most, or at least, 0.
       both_missed: pairs that are missing since neither did.
       others: the other arm's numbers, by pair; the improvements are differences to them.
-      untuned: arms that the file tunes, but not at this scale.
+      untuned: arms that are not tuned at this scale, in a file that tunes some.
     """
 
     claim: Claim
