@@ -64,7 +64,7 @@ def hedgehog_attention(
     """
     dtype, (q, k, v) = _prepared("hedgehog_attention", q, k, v, query_weight, key_weight)
     o, state = linear_attention(q, k, _with_ones(v, normalize), **options)
-    return _divided(o, normalize).astype(dtype), state
+    return (averages(o) if normalize else o).astype(dtype), state
 
 
 def hedgehog_attention_step(
@@ -81,7 +81,7 @@ def hedgehog_attention_step(
     """One token of `hedgehog_attention`."""
     dtype, (q, k, v) = _prepared("hedgehog_attention_step", q, k, v, query_weight, key_weight)
     o, state = linear_attention_step(q, k, _with_ones(v, normalize), state, scale=scale)
-    return _divided(o, normalize).astype(dtype), state
+    return (averages(o) if normalize else o).astype(dtype), state
 
 
 def transnormer_attention(
@@ -152,9 +152,30 @@ def _with_ones(v: jax.Array, wanted: bool) -> jax.Array:
     return jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1) if wanted else v
 
 
-def _divided(o: jax.Array, wanted: bool) -> jax.Array:
-    """The last column is phi(q) z, at least the smallest weight of a softmax; it is zero only after underflow."""
-    return o[..., :-1] / jnp.maximum(o[..., -1:], jnp.finfo(o.dtype).tiny) if wanted else o
+@jax.custom_jvp
+def averages(sums: jax.Array) -> jax.Array:
+    """Weighted sums [..., V + 1], of which the last column is the sum of the weights, as averages [..., V].
+
+    Where that is zero, or so small that it is no normal number, so are the average and its derivatives. JAX's derivative of a
+    division has its square, which is zero or infinite long before.
+    """
+    weight, live = _weight(sums)
+    return jnp.where(live, sums[..., :-1] / weight, 0)
+
+
+@averages.defjvp
+def _averages_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (sums,), (change,) = primals, tangents
+    weight, live = _weight(sums)
+    average = averages(sums)
+    return average, jnp.where(live, (change[..., :-1] - average * change[..., -1:]) / weight, 0)
+
+
+def _weight(sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The last column [..., 1], one where it is no normal number, and where it is one."""
+    weight = sums[..., -1:]
+    live = jnp.abs(weight) >= jnp.finfo(weight.dtype).tiny
+    return jnp.where(live, weight, 1), live
 
 
 def _normed(o: jax.Array, gain: jax.Array | None, epsilon: float) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import kernels
+from kernels.feature_maps import averages
 from models import options
 from models.layers.parameter import parameter
 from models.mixers.linear import LinearMixer, Written
@@ -74,9 +75,7 @@ class LinearAttention(LinearMixer):
     def read(self, o: jax.Array, v: jax.Array) -> jax.Array:
         """Divide by the sum of the weights; where all of them are zero, so is the result."""
         del v
-        if not self.option.normalizer:
-            return o
-        return o[..., :-1] / jnp.maximum(o[..., -1:], jnp.finfo(o.dtype).tiny)
+        return averages(o) if self.option.normalizer else o
 
 
 class Retention(LinearMixer):

@@ -139,6 +139,33 @@ def test_transnormer_output_has_unit_mean_square_whatever_the_scale(float64):
     np.testing.assert_allclose(one, np.asarray(o)[:, 0] * gain, rtol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [None, -1.0, 1e-9])
+def test_averages_and_their_gradients_are_right_however_small_the_weights_are(rms, scale):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 6, 1, 2)) for _ in range(3))
+    q[..., 0], k[..., 0] = 12 + 0.1 * q[..., 0], -12 + 0.1 * k[..., 0]  # weights of e^-48: their square is no float32
+    weight = np.eye(2)
+
+    def gradients(*inputs, **options):
+        run = lambda *inputs: kernels.hedgehog_attention(*inputs, **options)[0].sum()  # noqa: E731
+        return jax.jit(jax.grad(run, argnums=(0, 1, 2, 3, 4)))(*inputs)
+
+    with jax.enable_x64(True):
+        expected = gradients(q, k, v, weight, weight, backend="reference")
+    single = [x.astype(np.float32) for x in (q, k, v, weight, weight)]
+    for backend in ("reference", "xla"):
+        for found, wanted in zip(gradients(*single, backend=backend, scale=scale), expected, strict=True):
+            assert rms(found, wanted) < 1e-4
+
+
+def test_a_query_whose_weights_underflow_averages_nothing_and_has_no_gradient():
+    x = np.full((1, 1, 1, 1), 40, np.float32)
+    one = np.ones((1, 1), np.float32)
+    run = lambda *inputs: kernels.hedgehog_attention(*inputs, one, one)[0].sum()  # noqa: E731
+    found, gradients = jax.value_and_grad(run, argnums=(0, 1, 2))(x, -x, x)
+    assert found == 0 and not np.any(gradients)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_hedgehog_in_float16_is_as_exact_as_float16(rms, normalize):
     rng = np.random.default_rng(0)

@@ -144,6 +144,23 @@ def test_a_gradient_reaches_every_parameter_in_bfloat16(form):
         assert np.abs(gradient[...]).max() > 1e-4, path
 
 
+def test_a_query_that_weighs_nothing_has_no_gradient_and_spoils_no_other():
+    """With relu all weights of a token may be zero: its output is zero, and gradients are those of the other tokens."""
+    mixer = make({"name": "linear_attention", "feature_map": "relu"})
+    graph, state = nnx.split(mixer)
+
+    def objective(state, x):
+        mixer = nnx.merge(graph, state)
+        out = mixer(x, mixer.prepare(x.shape[1], None))
+        return jnp.sum(out**2), out
+
+    x = np.array(drawn[:2, :9])
+    x[:, 4] = 0  # q = k = 0: no bias here
+    gradients, out = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(state, x)
+    assert not np.asarray(out)[:, 4].any() and np.abs(np.asarray(out)[:, 5:]).max() > 1e-3
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(gradients))
+
+
 def twin(one: nnx.Module, other: nnx.Module, **changed: float) -> nnx.Module:
     """`other` with the parameters that it has in common with `one`, and constants for those named in `changed`."""
     known = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(one))}
