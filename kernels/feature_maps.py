@@ -40,7 +40,8 @@ def _features(function: str, name: str, x: jax.Array, weight: jax.Array, bias: j
         raise refused(function, wrong)
     wide = jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     one_for_all = weight.ndim == 2
-    y = jnp.einsum("...hk,kl->...hl" if one_for_all else "...hk,hkl->...hl", wide, weight.astype(wide.dtype))
+    product = "...hk,kl->...hl" if one_for_all else "...hk,hkl->...hl"
+    y = jnp.einsum(product, wide, weight.astype(wide.dtype), precision=jax.lax.Precision.HIGHEST)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(wide.dtype), y.shape)
     return jax.nn.softmax(jnp.concatenate([2 * y, -2 * y], axis=-1), axis=-1).astype(x.dtype)

@@ -260,9 +260,11 @@ def lightnet(
     before, after, last = running_logsumexp(keys, weight, tensors.segment_ids, tensors.cu_seqlens)
     # An empty past has no weight (-inf): what decays is then zero, and its gate must not be -inf - something in a gradient.
     g = jnp.where(before == -jnp.inf, -jnp.inf, jnp.where(before == -jnp.inf, 0.0, before) - after)
+    # A key of -inf weighs nothing, even where nothing has weighed before it.
+    none = keys == -jnp.inf
     tensors = tensors._replace(
         q=tensors.q.astype(call.accumulator),
-        k=jnp.exp(keys - after),
+        k=jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, keys - jnp.where(none, 0.0, after)))),
         v=tensors.v.astype(call.accumulator),
         g=jnp.repeat(g, call.group, axis=2),
     )

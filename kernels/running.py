@@ -38,10 +38,10 @@ def running_logsumexp(
         reset = starts[None, :, None, None]
         entering = weight[sequence][None]
     reset = jnp.broadcast_to(reset, (batch, length, 1, 1))
-    begun = jnp.where(reset, jnp.logaddexp(entering, keys), keys)
+    begun = jnp.where(reset, _added(entering, keys), keys)
 
     def join(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jnp.where(right[1], right[0], jnp.logaddexp(left[0], right[0])), left[1] | right[1]
+        return jnp.where(right[1], right[0], _added(left[0], right[0])), left[1] | right[1]
 
     after, _ = lax.associative_scan(join, (begun, reset), axis=1)
     before = jnp.where(reset, entering, jnp.pad(after, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1])
@@ -49,3 +49,9 @@ def running_logsumexp(
         return before, after, after[:, -1]
     empty = (cu_seqlens[1:] == cu_seqlens[:-1])[:, None, None]
     return before, after, jnp.where(empty, weight, after[0, jnp.maximum(cu_seqlens[1:] - 1, 0)])
+
+
+def _added(a: jax.Array, b: jax.Array) -> jax.Array:
+    """log(e^a + e^b), with derivatives of zero where both are -inf."""
+    none = (a == -jnp.inf) & (b == -jnp.inf)
+    return jnp.where(none, -jnp.inf, jnp.logaddexp(jnp.where(none, 0.0, a), jnp.where(none, 0.0, b)))

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 import kernels
-from kernels import ops, tuning
+from kernels import ops, registry, tuning
 from kernels.arguments import Call, default_device
 from kernels.ops import GATES
 from kernels.samples import inputs
@@ -93,7 +93,7 @@ def call_of(op: str, x: tuple[jax.Array, ...]) -> Call:
 def tune(op: str, backend: str, dtype: str, shape: tuple[int, int, int, int], options: Any) -> dict[str, Any]:
     """One entry, measured on the shape (B, T, H, K = V)."""
     x = inputs(op, *shape, dtype=dtype)
-    call = call_of(op, x)
+    call = registry.converted(call_of(op, x), backend)
     default, (least, most) = tuning.DEFAULTS[backend](call), tuning.LEGAL[backend]
     sizes = sorted({default, *(size for size in options.chunks if least <= size <= most)})
     ratios = compare({size: run_of(op, backend, size) for size in sizes}, default, x, options.rounds, options.seconds)

@@ -37,7 +37,7 @@ def run(call: Call, tensors: Tensors) -> tuple[jax.Array, jax.Array]:
         inputs = jax.tree.map(lambda x: to_rows(x, token, valid), inputs)
     q, k, v, g, beta = jax.tree.map(lambda x: to_chunks(x, size), inputs)
     layout = Layout(runs, packed, jnp.arange(q.shape[0]))
-    form = Form(exact=call.delta or call.dtype in ("float32", "float64"))
+    form = Form(exact=call.delta or call.dtype != "bfloat16")
     if call.delta:
         o, final = delta(form, q, k, v, g, beta, initial, layout)
     else:

@@ -16,8 +16,8 @@ from kernels.xla.states import Packed
 class Form(NamedTuple):
     """Static choices of one call; hashable.
 
-    exact: products in full float32 even where the device would rather take fewer bits: float32 and float64 inputs, and delta
-    rules of any, whose reflections (beta = 2) damp no rounding.
+    exact: products in full float32 even where the device would rather take fewer bits: all inputs but bfloat16, which has no
+    more, and delta rules of any, whose reflections (beta = 2) damp no rounding.
     """
 
     exact: bool

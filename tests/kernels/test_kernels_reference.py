@@ -158,6 +158,26 @@ def test_averages_and_their_gradients_are_right_however_small_the_weights_are(rm
             assert rms(found, wanted) < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_a_key_of_minus_infinity_weighs_nothing_in_lightnet(backend):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 7, 1, 2)).astype(np.float32) for _ in range(3))
+    k[0, :3, 0, 1] = k[0, 5, 0, 0] = -np.inf  # before any other key of its channel, and after some
+
+    def run(q, k, v):
+        o, (state, weight) = kernels.lightnet(q, k, v, output_final_state=True, backend=backend)
+        return jnp.sum(o * v), (o, state, weight)
+
+    (_, (o, state, weight)), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    kept = np.exp(k[0, :, 0])
+    expected = np.cumsum(kept[:, :, None] * v[0, :, 0, None], axis=0) / np.maximum(np.cumsum(kept, axis=0), 1e-30)[:, :, None]
+    np.testing.assert_allclose(o[0, :, 0], 2**-0.5 * np.einsum("tk,tkv->tv", q[0, :, 0], expected), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state[0, 0], expected[-1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(weight[0, 0], np.log(kept.sum(axis=0)), rtol=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert not np.any(gradients[1][np.isinf(k)])
+
+
 def test_a_query_whose_weights_underflow_averages_nothing_and_has_no_gradient():
     x = np.full((1, 1, 1, 1), 40, np.float32)
     one = np.ones((1, 1), np.float32)

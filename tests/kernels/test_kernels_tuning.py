@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -188,6 +189,19 @@ def test_an_entry_of_lightnet_is_taken_whatever_it_is_given(table):
     key = dict(zip(tuning.KEY, tuning.key_of(tune.call_of("lightnet", x), "xla"), strict=True))
     table(ENTRY | key)
     assert key["dtype"] == "float32" and kernels.explain("lightnet", *x).tuned.chunk_size == 16
+
+
+def test_an_entry_of_float16_is_found_where_kernels_are_given_float32(monkeypatch, table):
+    monkeypatch.setattr(
+        tune, "compare", lambda runs, default, *rest: {size: [1.0, 1.0] if size == default else [0.5, 0.5] for size in runs}
+    )
+    options = argparse.Namespace(chunks=(64,), rounds=2, seconds=0.0)
+    entry = tune.tune("linear_attention", "tpu", "float16", SHAPE, options)
+    table(ENTRY | entry)
+    chosen = kernels.explain(
+        "linear_attention", *inputs("linear_attention", *SHAPE, dtype="float16"), backend="tpu", interpret=True
+    )
+    assert chosen.tuned.chunk_size == 64 and chosen.tuned.reason.startswith("tuned") and chosen.converted == "float32"
 
 
 @pytest.mark.parametrize("op", GATES)
