@@ -1,4 +1,4 @@
-"""What adds up: every part that won by itself, together, against each alone and against all without it.
+"""What adds up: a part of every kind together, against each alone and against all without it.
 
     python -m trainer.sweep experiments/compose.py --scale smoke           minutes
     python -m trainer.sweep experiments/compose.py --part 1                laptop, the headline: plain, Muon, all

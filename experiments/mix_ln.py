@@ -11,11 +11,12 @@ the authors of LayerNorm Scaling, of the same group, report Mix-LN diverging at 
 paper's own table of initial scales, where the gain falls from 0.072 nats to 0.028 once projections that write to the stream
 start smaller by sqrt(2 L), and to nothing with a scaled embedding too [table].
 
-Controls: the peak rate of each placement is tuned on a seed that the comparison does not use; alpha and the initial scales are
-compared at one rate. As in the paper, every projection starts normal; `scaled` and this framework's zero start are arms, as the
-paper's gain may be one of initial scale. LNS and peri are the rivals that came after. DeepNorm is the paper's, not the baseline
-of Mix-LN's released code, which multiplies where it should divide. Against the claim would count: pre-LN with its own best rate
-as low as Mix-LN, or `pre, scaled` as low.
+Controls: the peak rate of each placement is tuned on a seed that the comparison does not use; other alphas and initial scales
+have one rate, 3e-3, which is none's optimum. `scaled` shrinks every projection into the stream, those of post-LN layers too,
+where the released code leaves these out [code]. As in the paper, every projection starts normal; `scaled` and this framework's
+zero start are arms, as the paper's gain may be one of initial scale. LNS and peri are the rivals that came after. DeepNorm is
+the paper's, not the baseline of Mix-LN's released code, which multiplies where it should divide. Against the claim would count:
+pre-LN with its own best rate as low as Mix-LN, or `pre, scaled` as low.
 
 Rows of diagnostics hold gradient norms and angular distances by layer: the report draws them, `python -m trainer.inspect --run
 RUN` draws more. A deep narrow model, since in four layers there is one post-LN block.

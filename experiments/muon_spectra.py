@@ -335,7 +335,7 @@ def claims() -> list[Claim]:
             paper_effect=0.0,
             paper_setting="a replication at 77 M, one seed: three of Jordan's steps 0.0063 higher than five of You's",
         ),
-        lower(MAIN, "two steps", f"{PAPER}: a quarter of the directions takes 10 to 20 % more tokens [S]", 0.02),
+        lower(MAIN, "two steps", f"{PAPER}: too few directions cost, a quarter 10 to 20 % more tokens [S]", 0.02),
         no_higher("layer-aware steps", STRICT, f"{PAPER}: half is about full Muon [S]", scales=OURS),
         lower(STRICT, "steps exchanged", f"the control of the assignment, {beyond}", scales=OURS),
         claim(
