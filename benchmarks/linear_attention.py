@@ -6,11 +6,11 @@
     python -m benchmarks.linear_attention --inverse          # the study of triangular inversion: errors only
     python -m benchmarks.linear_attention --reflections      # errors where a delta rule is ill-conditioned, by length
 
-Contestants run in one process in short alternating segments, forward and forward + backward (gradients of a sum of
-squares with respect to all inputs). The ratio of times is taken within each round. The Pallas back-ends take part where they
-serve the call; jax-linear-attention's chunked tier (`jla`; needs jax 0.11.2) and flash-linear-attention (`fla`; needs torch
-with CUDA) where they are installed. On an H200 a table of floors follows: the time that memory traffic alone and
-matrix products alone would take, as a part of the time measured, and the memory of the compiled program.
+Contestants run in one process in short alternating segments, forward and forward + backward (gradients of a sum of squares with
+respect to all inputs). The ratio of times is taken within each round. The Pallas back-ends take part where they serve the call;
+jax-linear-attention (`jla`; its chunked tier, on a GPU the tier it chooses; needs jax 0.11.2) and flash-linear-attention
+(`fla`; needs torch with CUDA) where they are installed. On an H200 a table of floors follows: the time that memory traffic
+alone and matrix products alone would take, as a part of the time measured, and the memory of the compiled program.
 
 Targets on CPU at T = 2048, forward + backward: the recurrence takes at least 4 times as long; jla at least as long;
 T = 8192 takes at most 4.6 times as long as T = 2048.
@@ -18,6 +18,7 @@ T = 8192 takes at most 4.6 times as long as T = 2048.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import time
@@ -43,7 +44,7 @@ JLA = {
     "gated_delta_rule": "gated_deltanet",
     "kda": "kda",
 }
-"""Ops that jax-linear-attention has in its chunked tier, and its names for them."""
+"""Ops that jax-linear-attention has, and its names for them."""
 FLA = {
     "linear_attention": "linear_attn:chunk_linear_attn",
     "retention": "retention:chunk_retention",
@@ -54,6 +55,9 @@ FLA = {
     "kda": "kda:chunk_kda",
 }
 """Ops that flash-linear-attention has in chunks: module and function below `fla.ops`."""
+FLA_OPTIONS = {"linear_attention": {"normalize": False}}
+"""What makes them the same function: fla divides by the sum of the weights unless told not to."""
+PEERS = ("fla", "jla")
 GPU_SHAPES = ((8, 4096, 16, 128), (2, 16384, 16, 128), (1, 8192, 96, 128), (4, 2048, 16, 128))
 """(B, T, H, K = V)"""
 PEAKS = {"NVIDIA H200": (4.3e12, 790e12)}
@@ -79,7 +83,9 @@ def contestants(op: str, chunks: list[int], x: tuple[Any, ...], recurrence: bool
         found[backend] = ours(backend=backend)
     if op in JLA and importlib.util.find_spec("jla"):
         run, gates = importlib.import_module("jla.ops").linear_attention, gate_names(op)
-        found["jla"] = lambda q, k, v, *g: run(JLA[op], q, k, v, impl="chunked", **dict(zip(gates, g, strict=True)))[0]
+        # Its own choice on a GPU: a Hopper kernel where it has one.
+        options = {"impl": "auto" if jax.default_backend() == "gpu" else "chunked"}
+        found["jla"] = lambda q, k, v, *g: run(JLA[op], q, k, v, **options, **dict(zip(gates, g, strict=True)))[0]
     return found
 
 
@@ -97,7 +103,8 @@ def fla_forms(op: str, x: tuple[Any, ...], dtype: str) -> dict[str, tuple[Run, t
     if not torch.cuda.is_available():
         return {}
     module, _, name = FLA[op].partition(":")
-    run, names = getattr(importlib.import_module(f"fla.ops.{module}"), name), ("q", "k", "v", *gate_names(op))
+    chosen, names = getattr(importlib.import_module(f"fla.ops.{module}"), name), ("q", "k", "v", *gate_names(op))
+    run = functools.partial(chosen, **FLA_OPTIONS.get(op, {}))
     wide = [torch.from_numpy(np.array(value, np.float32)).cuda() for value in x]
     given = [value.to(getattr(torch, dtype)) if i < 3 else value for i, value in enumerate(wide)]
     learned = [value.detach().requires_grad_() for value in given]
@@ -174,7 +181,7 @@ def segment(run: Run, x: tuple[Any, ...], seconds: float) -> dict[str, float | N
 
 
 def race(runs: dict[str, tuple[Run, tuple[Any, ...]]], rounds: int, seconds: float, patience: float) -> dict[str, Any]:
-    """Alternate the runs; times of each and the ratio to the first, round by round."""
+    """Alternate the runs; times of each and the ratio to the first, and to peers that take part, round by round."""
     for run, x in runs.values():
         jax.block_until_ready(run(x))
     names, quiet = list(runs), Patience(patience)
@@ -185,7 +192,12 @@ def race(runs: dict[str, tuple[Run, tuple[Any, ...]]], rounds: int, seconds: flo
             found[name].append(segment(*runs[name], seconds))
     rows = {}
     for name in names:
-        ratios = [a["ms"] / b["ms"] for a, b in zip(found[name], found[names[0]], strict=True)]
+        over = {
+            other: [a["ms"] / b["ms"] for a, b in zip(found[name], found[other], strict=True)]
+            for other in names
+            if other in (names[0], *PEERS)
+        }
+        ratios = over[names[0]]
         own = [a["cpu_ms"] / b["cpu_ms"] for a, b in zip(found[name], found[names[0]], strict=True)]
         both = zip(found[name], found[names[0]], strict=True)
         busy = [None if a["others"] is None or b["others"] is None else max(a["others"], b["others"]) for a, b in both]
@@ -197,7 +209,7 @@ def race(runs: dict[str, tuple[Run, tuple[Any, ...]]], rounds: int, seconds: flo
             "cpu_time_over_first": spread(own),
             "time_over_first_quiet": spread(still) if still else None,
             "others_cores": spread([x["others"] for x in found[name] if x["others"] is not None] or [0.0]),
-        }
+        } | {f"time_over_{other}": spread(over[other]) for other in PEERS if other in over}
     return rows
 
 
@@ -332,9 +344,7 @@ def reflections(lengths: list[int], seeds: int) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     arguments = parser(__doc__)
-    arguments.add_argument(
-        "--ops", nargs="+", choices=GATES, default=["simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda"]
-    )
+    arguments.add_argument("--ops", nargs="+", choices=GATES, default=list(GATES))
     arguments.add_argument("--batch", type=int, default=2)
     arguments.add_argument("--length", type=int, default=2048)
     arguments.add_argument("--heads", type=int, default=4)
@@ -364,9 +374,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     shapes = GPU_SHAPES if options.gpu_shapes else ((options.batch, options.length, options.heads, options.size),)
     results = [speed(op, shape, options) for op in options.ops for shape in shapes]
-    name = "linear_attention_chunks" if options.chunks else f"linear_attention-jax-{jax.__version__}"
-    fla = importlib.metadata.version("flash-linear-attention") if importlib.util.find_spec("fla") else None
-    write_result(name, {"options": shown, "jla": jla, "fla": fla, "ops": results}, options.out)
+    title = "linear_attention_chunks" if options.chunks else f"linear_attention-jax-{jax.__version__}"
+    installed = {"flash-linear-attention": "fla", "torch": "torch", "triton": "triton"}
+    peers = {name: importlib.metadata.version(name) for name, module in installed.items() if importlib.util.find_spec(module)}
+    write_result(title, {"options": shown, "jla": jla, "peers": peers, "ops": results}, options.out)
 
 
 if __name__ == "__main__":

@@ -34,3 +34,10 @@ def test_a_small_run_on_a_cpu_times_what_serves_there(tmp_path):
     (result,) = json.loads(path.read_text())["ops"]
     assert list(result["forward"]) == ["xla", "recurrence"] and result["shape"] == [1, 8, 1, 4]
     assert result["forward+backward"]["xla"]["program_bytes"] > 0 and set(result["by_length"]) == {"T = 8", "T = 32"}
+
+
+def test_times_stand_over_those_of_peers_as_well():
+    runs = {name: (lambda x: x, ()) for name in ("xla", "mosaic_gpu", "fla")}
+    rows = linear_attention.race(runs, rounds=2, seconds=0.001, patience=0.0)
+    assert rows["fla"]["time_over_fla"]["median"] == 1 and rows["mosaic_gpu"]["time_over_fla"]["count"] == 2
+    assert "time_over_jla" not in rows["xla"]
