@@ -16,9 +16,10 @@ Controls. For the laws: a flat spectrum has s = 1 / sqrt(rank), which alone give
 0.27 for those of `laptop`; so laws must predict a size that they were not fitted to, against the width alone, with constants
 from the same runs. For the steps: a fixed number that is as cheap; two steps, which should hurt, since a scale that does not
 see them sees nothing; and for the stricter rule, three quarters of the directions, the same steps with attention and the
-feed-forward layer exchanged, 6 % more work. Rates are not tuned: every arm has the same. Work is FLOPs of Newton-Schulz up to
-the loss that an arm and five steps both reach at that seed. Against the claims would count: the width predicting as well,
-the fixed number ending as low, or layer-aware steps ending more than 0.01 higher than five.
+feed-forward layer exchanged, 6 % more work. All have one rate; fewer steps leave smaller updates, so five and layer-aware steps
+also run at half of it and at twice. Work is FLOPs of Newton-Schulz up to the loss that an arm and five steps both reach at that
+seed. Against the claims would count: the width predicting as well, the fixed number ending as low, or layer-aware steps ending
+more than 0.01 higher than five.
 
 The laws that choices go by at `smoke` and `laptop` are this project's, fitted to three small widths on a seed that the
 comparison does not use; the paper's own, for batches of about 2^20 tokens in place of 1,024, are an arm. At `laptop` half of
@@ -36,6 +37,7 @@ from trainer.sweep import Arm, Claim, Experiment, Metric, Rule, RunOf, Scale
 
 PAPER = "arXiv:2606.04058"
 ITERATIONS, BY_LAYER = "optimizer.direction.iterations", "optimizer.direction.newton_schulz"
+RATE = "optimizer.direction.learning_rate"
 GPT = {"model.ffn": {"name": "gelu"}}
 """Two matrices in the feed-forward layer, so that kinds are the paper's."""
 FOUND, MAIN, CHEAP, STRICT = "experiments.muon_spectra", "five steps", "as cheap a fixed number", "steps for three quarters"
@@ -278,6 +280,10 @@ def step_arms() -> list[Arm]:
         directories = {"run": RunOf(arm.name), "against": RunOf(MAIN)}
         control = "itself" if arm.name == MAIN else ""
         found.append(Arm(f"work: {arm.name}", directories, part=arm.part, scales=arm.scales, control=control, **how))
+    for name, changes in ((MAIN, {}), ("layer-aware steps", predicted(0.5))):
+        for factor, rate in (("half", 0.01), ("twice", 0.04)):
+            own = {"part": 2, "scales": ["laptop"], "control": "is the rate that all have a good one?"}
+            found.append(Arm(f"{name}, {factor} the rate", changes | {RATE: rate}, **own))
     return found
 
 
