@@ -86,7 +86,7 @@ def digits_logits(params, images, cut: int):
     return jnp.mean(h, axis=(1, 2)) @ params["head"]
 
 
-def digits(run) -> None:
+def digits(run, *, channels, batch: int, steps: int, every: int, learning_rate: float, rest: dict, sampling=None) -> None:
     """Train on scikit-learn's digits. Rows `train` are of the training set, with seconds a step; `val` of the test set."""
     import time
 
@@ -95,23 +95,18 @@ def digits(run) -> None:
     import optax
     from flax import nnx
     from jax import numpy as jnp
+    from sklearn.datasets import load_digits
 
     import optim
-    from strata import ConfigError
 
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ConfigError("the image network needs scikit-learn: pip install 'strata-lm[images]'") from None
-    given, source = run.arguments, load_digits()
+    source = load_digits()
     order = np.random.default_rng(0).permutation(len(source.target))  # one split for every seed
     images, labels = (source.images / 8 - 1)[order, ..., None].astype(np.float32), source.target[order].astype(np.int32)
     train, test = (images[360:], labels[360:]), (images[:360], labels[:360])
-    model = digits_network(given["channels"], run.seed)
-    direction = {"name": "muon", "learning_rate": given["learning_rate"], "rest": given["rest"]}
+    model = digits_network(channels, run.seed)
+    direction = {"name": "muon", "learning_rate": learning_rate, "rest": rest}
     config = {"direction": direction, "schedule": {"name": "constant"}, "clip_norm": None}
-    config |= {"sampling": given["sampling"]} if given.get("sampling") else {}
-    steps = given["steps"]
+    config |= {"sampling": sampling} if sampling else {}
     transformation, cuts = (make(config, model, steps=steps) for make in (optim.build, optim.cuts))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
@@ -128,7 +123,7 @@ def digits(run) -> None:
 
     score = jax.jit(lambda params, x, y: objective(params, x, y, 0))
     state = transformation.init(params)
-    batch = min(given["batch"], len(train[0]))
+    batch = min(batch, len(train[0]))
     shapes = (params, state, train[0][:batch], train[1][:batch])
     every = (0,) if cuts is None else cuts.first
     compiled = {cut: jax.jit(update, static_argnums=4).lower(*shapes, cut).compile() for cut in every}
@@ -140,7 +135,7 @@ def digits(run) -> None:
         begin = time.perf_counter()
         params, state = jax.block_until_ready(compiled[cut](params, state, x, y))
         seconds += time.perf_counter() - begin
-        if step % given["every"] == 0 or step == steps:
+        if step % every == 0 or step == steps:
             for split, (x, y) in (("train", train), ("val", test)):
                 loss, right = score(params, x, y)
                 timing = {"step_seconds": seconds / (step - last)} if split == "train" else None
@@ -151,7 +146,14 @@ def digits(run) -> None:
 def image_arms() -> list[Arm]:
     """Muon and Drop-Muon over the three convolutions, each a bucket."""
     tune = Tuning(space=axis("learning_rate", [0.01, 0.02, 0.04]), scales=["laptop"])
-    where = {"measure": "experiments.drop_muon:digits", "part": 2, "minutes": {"laptop": 0.6}, "tune": tune}
+    requires = {"sklearn": "pip install 'strata-lm[images]'"}
+    where = {
+        "measure": "experiments.drop_muon:digits",
+        "part": 2,
+        "minutes": {"laptop": 0.6},
+        "tune": tune,
+        "requires": requires,
+    }
     rest = {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0}
 
     def arm(name: str, **sampling) -> Arm:

@@ -30,6 +30,7 @@ are of the median alone; steps that are measured in the run stand beside them an
 
 import math
 import statistics
+from collections.abc import Iterable
 
 from experiments import text
 from optim.directions.spectral_laws import BUCKETS, MEDIAN_LAWS
@@ -97,7 +98,7 @@ def pace(steps: int) -> dict:
 # ---- measurements
 
 
-def quantiles(run) -> None:
+def quantiles(measurement, *, run: str) -> None:
     """Spectra of one run, over its three checkpoints before the decay: a row a quantile (the step, in per cent).
 
     `s.KIND.DEPTH` is the normalised singular value of that descending rank, `middle` and `last` their geometric means over the
@@ -105,13 +106,13 @@ def quantiles(run) -> None:
     """
     from trainer import load, spectra
 
-    config = load(run.arguments["run"]).config
-    found = spectra.measure(run.arguments["run"], 3, until=config.train.steps - config.checkpoint.every)
+    config = load(run).config
+    found = spectra.measure(run, 3, until=config.train.steps - config.checkpoint.every)
     for q in sorted({q for _, _, q in found.values}):
         cells = {(kind, depth): value for (kind, depth, own), value in found.values.items() if own == q}
         middle, last = ([s for (_, depth), s in cells.items() if (depth == "final") == final] for final in (False, True))
         means = {"middle": geometric(middle), "last": geometric(last)}
-        run.write(round(100 * q), s=nested(cells), **means, parameters=found.size, width=config.model.width)
+        measurement.write(round(100 * q), s=nested(cells), **means, parameters=found.size, width=config.model.width)
 
 
 def nested(cells: dict) -> dict:
@@ -124,7 +125,7 @@ def geometric(values) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
-def collected(run) -> list:
+def collected(directories: Iterable[str]) -> list:
     """The spectra of several runs, as `trainer.spectra` has them, with the widths of their models; by size."""
     from pathlib import Path
 
@@ -132,20 +133,19 @@ def collected(run) -> list:
     from trainer.spectra import Measured
 
     found = []
-    for name, directory in run.arguments.items():
-        if name.startswith("spectra"):
-            rows = read_metrics(Path(directory) / "metrics.jsonl")
-            cells = {
-                (kind, depth, row["step"] / 100): value
-                for row in rows
-                for kind, own in row["s"].items()
-                for depth, value in own.items()
-            }
-            found.append((Measured(directory, rows[0]["parameters"], (), cells), rows[0]["width"]))
+    for directory in directories:
+        rows = read_metrics(Path(directory) / "metrics.jsonl")
+        cells = {
+            (kind, depth, row["step"] / 100): value
+            for row in rows
+            for kind, own in row["s"].items()
+            for depth, value in own.items()
+        }
+        found.append((Measured(directory, rows[0]["parameters"], (), cells), rows[0]["width"]))
     return sorted(found, key=lambda pair: pair[0].size)
 
 
-def exponents(run) -> None:
+def exponents(run, *, last: bool, **spectra: str) -> None:
     """Laws over all sizes, of the layers before the last or of the last: a row a quantile, means over kinds and depths.
 
     `alpha`; `flat`, what the width alone gives; `r_squared`; `by.KIND.DEPTH`, each alpha.
@@ -153,9 +153,9 @@ def exponents(run) -> None:
     from optim.directions.spectral_laws import fit
     from trainer.spectra import fits
 
-    found = collected(run)
+    found = collected(spectra.values())
     flat = fit([one.size for one, _ in found], [width**-0.5 for _, width in found]).law.alpha
-    laws = {key: law for key, law in fits([one for one, _ in found]).items() if (key[1] == "final") == run.arguments["last"]}
+    laws = {key: law for key, law in fits([one for one, _ in found]).items() if (key[1] == "final") == last}
     for q in sorted({key[2] for key in laws}):
         own = {key: law for key, law in laws.items() if key[2] == q}
         alphas = {(kind, depth): law.law.alpha for (kind, depth, _), law in own.items()}
@@ -163,7 +163,7 @@ def exponents(run) -> None:
         run.write(round(100 * q), alpha=sum(alphas.values()) / len(own), flat=flat, r_squared=fitted, by=nested(alphas))
 
 
-def next_size(run) -> None:
+def next_size(run, *, by: str, **spectra: str) -> None:
     """The largest size predicted from the others: a row a quantile, `error` in doublings, root mean square over matrices.
 
     `by`: "laws" fitted to the smaller sizes; the "paper"'s exponents (of the median, for every quantile), or the "width"
@@ -171,13 +171,13 @@ def next_size(run) -> None:
     """
     from optim.directions.spectral_laws import fit
 
-    *smaller, (largest, width) = collected(run)
+    *smaller, (largest, width) = collected(spectra.values())
     misses: dict[float, list[float]] = {}
     for (kind, depth, q), actual in largest.values.items():
         values = [one.values[kind, depth, q] for one, _ in smaller]
-        if run.arguments["by"] == "laws":
+        if by == "laws":
             found = fit([one.size for one, _ in smaller], values).law.at(largest.size)
-        elif run.arguments["by"] == "paper":
+        elif by == "paper":
             alpha = MEDIAN_LAWS[kind, depth].alpha
             found = geometric(v * (one.size / largest.size) ** alpha for v, (one, _) in zip(values, smaller, strict=True))
         else:
@@ -222,7 +222,7 @@ def flops_up_to(directory: str):
     return lambda step: before * min(step, chosen.choose_at - 1) + after * max(0, step - chosen.choose_at + 1)
 
 
-def work(run) -> None:
+def work(measurement, *, run: str, against: str) -> None:
     """Work of a run to a loss, over that of another one: the larger of their two last losses, which both reach.
 
     One row: `work.doublings`, log2 of the ratio of FLOPs of Newton-Schulz up to there; `work.steps`, the ratio of updates;
@@ -233,14 +233,14 @@ def work(run) -> None:
     from trainer.metrics.jsonl import read_metrics
     from trainer.sweep.outcome import crossing, series
 
-    directories = [run.arguments["run"], run.arguments["against"]]
+    directories = [run, against]
     curves = [series(read_metrics(Path(directory) / "metrics.jsonl"), Metric()) for directory in directories]
     target = max(curve[-1][1] for curve in curves)
     own, other = (crossing(curve, target) for curve in curves)
     mine, theirs = (flops_up_to(directory) for directory in directories)
     last = curves[0][-1][0]
     ratios = {"doublings": math.log2(mine(own) / theirs(other)), "steps": own / other, "all": mine(last) / theirs(last)}
-    run.write(last, work=ratios, target=target)
+    measurement.write(last, work=ratios, target=target)
 
 
 # ---- arms

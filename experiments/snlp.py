@@ -47,7 +47,7 @@ WAYS = {  # part 1, then part 2
 HEADLINE = 3
 
 
-def speed_and_loss(run) -> None:
+def speed_and_loss(measurement, *, run: str, depth: dict, batches: int, rounds: int) -> None:
     """Held-out loss of a finished run in one way to run it, and the time of one sequence against the sequential pass.
 
     One row: `loss`, `bpb`, `perplexity`; `short`, the same over windows of a sixteenth of the context; `timing.milliseconds`
@@ -65,10 +65,9 @@ def speed_and_loss(run) -> None:
     from trainer.evaluate import evaluate
     from trainer.setup import assemble
 
-    given = run.arguments
-    found = load(given["run"])
+    found = load(run)
     model, config = found.model, found.config
-    depth = depth_options(given["depth"], model.options)
+    own = depth_options(depth, model.options)
     length = config.data.sequence_length
     short = max(2, length // WINDOW)
     data = dataclasses.replace(config.data, sequence_length=short, batch_size=config.data.batch_size * (length // short))
@@ -76,9 +75,9 @@ def speed_and_loss(run) -> None:
     scores = []
     for setup in (found.setup, windows):
         with jax.set_mesh(setup.mesh):
-            scores.append(evaluate(setup, found.params, setup.jitted_evaluation_step(depth=depth), given["batches"]))
+            scores.append(evaluate(setup, found.params, setup.jitted_evaluation_step(depth=own), batches))
     graph, state = nnx.split(model)
-    tokens = jax.random.randint(jax.random.key(run.seed), (1, length), 0, model.vocab_size)
+    tokens = jax.random.randint(jax.random.key(measurement.seed), (1, length), 0, model.vocab_size)
     sequential = depth_options({"name": "sequential"}, model.options)
 
     def compiled(way):
@@ -86,9 +85,9 @@ def speed_and_loss(run) -> None:
             jax.jit(lambda state, tokens: nnx.merge(graph, state).hidden(tokens, depth=way)[0]).lower(state, tokens).compile()
         )
 
-    calls = {"base": compiled(sequential), "own": compiled(depth)}
+    calls = {"base": compiled(sequential), "own": compiled(own)}
     seconds = {name: [] for name in calls}
-    for number in range(given["rounds"] + 2):
+    for number in range(rounds + 2):
         for name in calls if number % 2 else reversed(calls):
             begin = time.perf_counter()
             jax.block_until_ready(calls[name](state, tokens))
@@ -96,7 +95,7 @@ def speed_and_loss(run) -> None:
                 seconds[name].append(time.perf_counter() - begin)
     speedup = statistics.median(base / own for base, own in zip(seconds["base"], seconds["own"], strict=True))
     timing = {"milliseconds": 1e3 * statistics.median(seconds["own"]), "speedup": speedup}
-    run.write(found.step, **scores[0], short=scores[1], timing=timing)
+    measurement.write(found.step, **scores[0], short=scores[1], timing=timing)
 
 
 def measured(weights: str, ways: list[str], **rest) -> list[Arm]:

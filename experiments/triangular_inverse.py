@@ -61,7 +61,7 @@ def digits(found, exact) -> float:
     return min(16.0, max(0.0, -math.log10(max(error, 1e-16)))) if math.isfinite(error) else 0.0
 
 
-def invert(run) -> None:
+def invert(run, *, method: str, size: int, matrices: int, levels: list[int], repeats: int) -> None:
     """One row a level: `digits` by operand type, and the time of one batch in float32."""
     import jax
     import jax.numpy as jnp
@@ -69,19 +69,17 @@ def invert(run) -> None:
 
     import kernels
 
-    method, size, count = run.arguments["method"], run.arguments["size"], run.arguments["matrices"]
-
     def compiled(operand: str):
         rounded = None if operand == "float32" else operand
         return jax.jit(lambda lower: kernels.triangular_inverse(lower, method, operand_dtype=rounded))
 
     calls = {operand: compiled(operand) for operand in OPERANDS}
-    for level in run.arguments["levels"]:
-        lower = key_matrices(level, size, count, run.seed)
+    for level in levels:
+        lower = key_matrices(level, size, matrices, run.seed)
         exact, lower = np.linalg.inv(np.eye(size) + lower.astype(np.float64)), jnp.asarray(lower)
         found = {operand: digits(call(lower), exact) for operand, call in calls.items()}
         seconds = []
-        for _ in range(run.arguments["repeats"]):
+        for _ in range(repeats):
             begin = time.perf_counter()
             jax.block_until_ready(calls["float32"](lower))
             seconds.append(time.perf_counter() - begin)

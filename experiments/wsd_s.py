@@ -42,7 +42,9 @@ def same_compute(budgets: tuple[int, int, int]) -> tuple[int, int, int]:
     return first, second, last - decay_steps(first) - decay_steps(second)
 
 
-def river_valley(run) -> None:
+def river_valley(
+    run, *, schedule: dict, budgets: list[int], restart: bool, learning_rate: float, vocabulary: int, batch: int
+) -> None:
     """SGD on a softmax table. A row `val` a budget: loss, excess over the floor, its parts, updates so far; `train`: the curve.
 
     With `restart` every budget is a run of its own, of which the longest is drawn; batches depend on the seed and the number of
@@ -57,8 +59,7 @@ def river_valley(run) -> None:
     from trainer.data.bigram import draw_chain
     from trainer.data.options import Bigram
 
-    given = run.arguments
-    chain = draw_chain(Bigram(vocabulary=given["vocabulary"], table_seed=run.seed))
+    chain = draw_chain(Bigram(vocabulary=vocabulary, table_seed=run.seed))
     truth, share = chain.matrix(), chain.stationary
     certain = chain.entropies < 1e-12
     pairs = (share[:, None] * truth).ravel() / truth.sum() * len(truth)
@@ -78,33 +79,32 @@ def river_valley(run) -> None:
 
     def train(steps, shown):
         """Yields `(update, logits, rate)` at the updates in `shown`."""
-        changes = [("optimizer.schedule", given["schedule"]), ("train.steps", steps)]
+        changes = [("optimizer.schedule", schedule), ("train.steps", steps)]
         option = load("configs/bigram.py", [(path, _json(value)) for path, value in changes]).config.optimizer.schedule
         fraction = getattr(schedules, option.name)(option, steps)
         logits = np.zeros_like(truth)
         for step in range(1, steps + 1):
             draw = np.random.default_rng([run.seed, step])
-            seen = draw.multinomial(given["batch"], pairs).reshape(truth.shape)
+            seen = draw.multinomial(batch, pairs).reshape(truth.shape)
             q = np.exp(logits - logits.max(1, keepdims=True))
             q /= q.sum(1, keepdims=True)
-            rate = given["learning_rate"] * float(fraction(step))
-            logits -= rate / given["batch"] * (seen.sum(1, keepdims=True) * q - seen)
+            rate = learning_rate * float(fraction(step))
+            logits -= rate / batch * (seen.sum(1, keepdims=True) * q - seen)
             if step in shown:
                 yield step, logits, rate
 
-    budgets = given["budgets"]
     curve = {round(budgets[-1] * i / 80) for i in range(1, 81)}
     spent = budgets[-1]
-    if given["restart"]:
+    if restart:
         for budget in budgets[:-1]:
             *_, (_, logits, rate) = train(budget, {budget})
             run.write(budget, **numbers(logits, rate, budget))
-        trunk = given["schedule"]["name"] == "wsd"
+        trunk = schedule["name"] == "wsd"
         spent += sum(decay_steps(budget) if trunk else budget for budget in budgets[:-1])
     for step, logits, rate in train(budgets[-1], curve | set(budgets)):
         if step in curve:
             run.write(step, "train", **numbers(logits, rate, step))
-        if step == budgets[-1] or (step in budgets and not given["restart"]):
+        if step == budgets[-1] or (step in budgets and not restart):
             run.write(step, **numbers(logits, rate, spent if step == budgets[-1] else step))
 
 

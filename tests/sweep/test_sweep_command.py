@@ -67,10 +67,10 @@ MEASUREMENT = '''
 from trainer.sweep import *
 
 
-def noise(run):
+def noise(run, *, steps):
     import numpy as np
     drawn = np.random.default_rng(run.seed)
-    for step in range(1, run.arguments["steps"] + 1):
+    for step in range(1, steps + 1):
         run.write(step, loss=float(drawn.normal()), by_layer=[float(step), 2.0], timing={"seconds": 0.5})
     (run.directory / "note.txt").write_text("mine")
 
@@ -88,13 +88,28 @@ def test_a_measurement_fills_a_run_directory_and_is_done_once(place, command):
     (place / "measured.py").write_text(MEASUREMENT)
     code, out, err = command("measured.py", "--slots=2")
     assert code == 0, err
+    assert [line.partition(": noise-")[0] for line in out.splitlines() if line.endswith("-s{0}")] == ["  short", "  long"]
     runs = sorted(path for path in (place / "runs").iterdir() if path.name.startswith("noise-"))
     assert sorted(len(rows(run)) for run in runs) == [2, 4] and (runs[0] / "note.txt").read_text() == "mine"
     assert {"config.json", "environment.json", "metrics.jsonl", "status.json"} <= {path.name for path in runs[0].iterdir()}
     spec = json.loads((runs[0] / "config.json").read_text())
     assert set(spec) == {"measurement", "arguments", "seed"}
     code, out, _ = command("measured.py")
-    assert code == 0 and "to run: 0 runs" in out
+    assert code == 0 and "to run: 0 runs" in out and "-s{0}" not in out
+
+
+def test_a_module_that_an_arm_requires_is_looked_for_before_any_run_starts(place, command):
+    needing = MEASUREMENT.replace(
+        'Arm(name, {"steps": steps},', 'Arm(name, {"steps": steps}, requires={"nowhere": "pip install it"},'
+    )
+    (place / "measured.py").write_text(needing)
+    code, out, err = command("measured.py")
+    assert code == 2 and err.count("needs the module nowhere: pip install it") == 2, err
+    assert not list((place / "runs").glob("noise-*")), out
+    (place / "measured.py").write_text(MEASUREMENT)
+    assert command("measured.py")[0] == 0
+    (place / "measured.py").write_text(needing)
+    assert command("measured.py")[0] == 0, "what has ended needs nothing"
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,11 @@ def test_values_on_the_command_line_split_outside_brackets(text, expected):
         (dict(arms=[Arm("a", scales=[])]), "runs no arm at scale"),
         (dict(arms=[Arm("a", measure="nowhere:f")]), "there is no module 'nowhere'"),
         (dict(arms=[Arm("a", measure="trainer.sweep.space:spectra")]), "defines axis"),
+        (dict(arms=[Arm("a", {"zize": 2}, measure="trainer.sweep.space:label")]), "it takes no arguments, not zize"),
+        (
+            dict(arms=[Arm("a", measure="experiments.triangular_inverse:invert")]),
+            "it also needs method, size, matrices, levels",
+        ),
         (dict(metric=Metric(kind="steps_to")), "needs a target"),
         (dict(metric=Metric(kind="steps_to", target="c")), "target 'c' is none of the arms"),
         (dict(metric=Metric(at="first")), "neither last, best, median nor a step"),
@@ -226,7 +231,7 @@ def test_points_of_an_arm_are_arms_of_their_own():
 
 
 def test_arguments_of_a_scale_are_under_those_of_a_measurement(place):
-    (place / "measured.py").write_text("def f(run):\n    pass\n")
+    (place / "measured.py").write_text("def f(run, *, size, count):\n    pass\n")
     arms = [Arm("m", {"size": 2}, measure="measured:f"), Arm("a", {RATE: 0.1})]
     sys.path.insert(0, str(place))
     try:

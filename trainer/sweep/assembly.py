@@ -2,17 +2,18 @@
 
 A name that optax does not have, shards that are not there, a mesh that the devices cannot give: each would otherwise end a run
 when it is started. One process assembles all of them (data, mesh, abstract model, shapes of the optimizer's state) and compiles
-nothing. Imports no JAX outside that process; measurements are left out.
+nothing. Imports no JAX outside that process. Of measurements only the modules that they say they need are looked for.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainer.sweep.plan import Plan, Run
 
 
 def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> None:
-    """Assemble one run of every program of which no run has begun.
+    """Assemble one run of every program of which no run has begun, and find the modules that arms require.
 
     Args:
       plan: whose runs are about to be started.
@@ -34,6 +35,8 @@ def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> No
       ConfigError: with every problem, each said once with the arms it is in.
       StrataError: the process that assembles ended without an answer.
     """
+    if problems := list(_missing_modules(plan, place)):
+        raise ConfigError(problems, f"{plan.source.path} at scale {plan.scale_name}")
     chosen = unbegun(plan, place)
     if not chosen:
         return
@@ -64,6 +67,14 @@ def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> No
             f"{plan.source.path} at scale {plan.scale_name}",
         )
     print(f"assembled in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def _missing_modules(plan: Plan, place: Place) -> Iterator[Problem]:
+    for arm in plan.arms:
+        missing = {module: how for module, how in arm.requires.items() if importlib.util.find_spec(module) is None}
+        if missing and not all(outcome(place.directory(run), run.steps).ended for run in plan.runs if run.arm == arm.name):
+            message = "; ".join(f"needs the module {module}: {how}" for module, how in missing.items())
+            yield Problem(f"arm {arm.name!r}", message, has_value=False)
 
 
 def without_devices(plan: Plan) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from strata import ConfigError, StrataError
 from trainer.run_directory import RunDirectory
 from trainer.sweep.assembly import check_assembly, without_devices
-from trainer.sweep.cost import describe_cost
+from trainer.sweep.cost import describe_cost, describe_runs
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, arms_at, make_plan
 from trainer.sweep.reading import Source, read, read_search
@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
         check_options(dict(arguments.pairs["submitit."]))
     if "dry_run" in arguments.flags:
         return dry_run(plan, place, slots)
-    for line in describe_cost(plan, place, slots):
+    for line in [*describe_cost(plan, place, slots), *describe_runs(plan, place)]:
         print(line, flush=True)
     if arguments.values.get("launcher", "local") == "slurm":
         from trainer.sweep.slurm import launch

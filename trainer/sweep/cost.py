@@ -42,6 +42,16 @@ def describe_cost(plan: Plan, place: Place, slots: int) -> list[str]:
     return lines
 
 
+def describe_runs(plan: Plan, place: Place) -> list[str]:
+    """A line for each arm, or point of its tuning, with runs that have not ended: their directories and seeds."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for run in plan.runs:
+        if not outcome(place.directory(run), run.steps).ended:
+            title = f"{run.arm} [{run.point}]" if run.point else run.arm
+            seeds.setdefault((title, f"{run.name}-{run.group}"), []).append(run.seed)
+    return [f"  {title}: {group}-s{{{','.join(map(str, own))}}}" for (title, group), own in seeds.items()]
+
+
 def _time(plan: Plan, place: Place, todo: Iterable[tuple[Run, float]], slots: int) -> str:
     """Wall-clock time from measured steps of runs with the same config, else from what the file expects; `todo` holds each run
     with the share of it that is left.

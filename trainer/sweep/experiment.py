@@ -183,6 +183,7 @@ class Arm:
       scales: where it is run; None: at all.
       minutes: of one run by scale, where it is not the scale's.
       seeds: of this arm alone; None: those of the scale, as every arm of a claim must have them.
+      requires: modules that its runs import beyond the project's own, each with the command that installs it.
     """
 
     name: str
@@ -198,6 +199,7 @@ class Arm:
     scales: Sequence[str] | None = None
     minutes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] | None = None
+    requires: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,22 @@
 """Runs of kind `measurement`: any function that fills a run directory.
 
-    def spectra(run: Measurement) -> None:
-        for step in range(1, run.arguments["steps"] + 1):
+    def spectra(run: Measurement, *, steps: int) -> None:
+        for step in range(1, steps + 1):
             run.write(step, "val", error=...)
 
     python -m trainer.sweep.measurement --spec FILE_OR_JSON [--workdir DIR]
 
-A measurement that is stopped, or dies, is done again from its beginning; its rows are dropped first.
+The arm's arguments are given by name, and compared with the function's before the first run of a sweep starts. A measurement
+that is stopped, or dies, is done again from its beginning; its rows are dropped first.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import importlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,13 +32,12 @@ class Measurement:
     """What the function is given.
 
     Attributes:
-      arguments: of the arm; plain data.
       seed: of the run.
       directory: for files of its own.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], seed: int, directory: Path, writer: MetricsWriter, stop: StopRequest):
-        self.arguments, self.seed, self.directory = dict(arguments), seed, directory
+    def __init__(self, seed: int, directory: Path, writer: MetricsWriter, stop: StopRequest):
+        self.seed, self.directory = seed, directory
         self.step = 0
         self._writer, self._stop = writer, stop
 
@@ -51,6 +54,45 @@ class Measurement:
             raise Preempted(f"stopped by {self._stop.received}; a measurement begins again when it is started again")
 
 
+def measurement_id(spec: Mapping[str, Any]) -> str:
+    """`<hash>-s<seed>`, the hash over the function and its arguments."""
+    known = {"measurement": spec["measurement"], "arguments": spec["arguments"]}
+    return f"{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]}-s{spec['seed']}"
+
+
+def check_function(target: str, arguments: Mapping[str, Any]) -> None:
+    """Whether `module:function` is there and takes the arguments, from its source: the module is not run, it may import JAX.
+
+    Raises:
+      ConfigError: it is not, or does not.
+    """
+    module, _, function = target.partition(":")
+    where = f"measure = {target!r}"
+    try:
+        spec = importlib.util.find_spec(module) if module else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not function:
+        raise ConfigError(f"{where}: expected module:function, and there is no module {module!r}")
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return
+    defined = {
+        node.name: node.args for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    if function not in defined:
+        raise ConfigError(f"{where}: {spec.origin} defines {', '.join(defined) or 'no function'}")
+    taken = defined[function]
+    positional = [each.arg for each in taken.posonlyargs + taken.args][1:]  # the first one is the run
+    needed = positional[: len(positional) - len(taken.defaults)]
+    needed += [each.arg for each, default in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if default is None]
+    known = positional + [each.arg for each in taken.kwonlyargs]
+    unknown = [] if taken.kwarg else [name for name in arguments if name not in known]
+    if unknown:
+        raise ConfigError(f"{where}: it takes {', '.join(known) or 'no arguments'}, not {', '.join(unknown)}")
+    if missing := [name for name in needed if name not in arguments]:
+        raise ConfigError(f"{where}: it also needs {', '.join(missing)}")
+
+
 def measure(spec: Mapping[str, Any], workdir: str | Path) -> None:
     """Fill a run directory.
 
@@ -64,6 +106,7 @@ def measure(spec: Mapping[str, Any], workdir: str | Path) -> None:
     """
     if set(spec) != {"measurement", "arguments", "seed"}:
         raise ConfigError(f"a measurement has measurement, arguments and seed, not {', '.join(spec) or 'nothing'}")
+    check_function(spec["measurement"], spec["arguments"])
     module, _, name = spec["measurement"].partition(":")
     directory = RunDirectory(workdir)
     text = json.dumps(dict(spec), sort_keys=True, indent=2) + "\n"
@@ -86,9 +129,9 @@ def measure(spec: Mapping[str, Any], workdir: str | Path) -> None:
         directory.write_status("running", 0)
         with MetricsWriter(directory.metrics) as writer:
             writer.truncate(0)
-            run = Measurement(spec["arguments"], spec["seed"], directory.path, writer, stop)
+            run = Measurement(spec["seed"], directory.path, writer, stop)
             try:
-                function(run)
+                function(run, **spec["arguments"])
                 writer.flush()
             except Preempted as error:
                 directory.write_status("preempted", run.step, str(error))
@@ -114,8 +157,6 @@ def main(argv: Sequence[str]) -> int:
     if not isinstance(spec, dict):
         raise ConfigError("--spec is not a JSON object")
     if arguments.workdir is None:
-        from trainer.sweep.plan import measurement_id
-
         arguments.workdir = Path("runs") / f"{str(spec.get('measurement')).partition(':')[2]}-{measurement_id(spec)}"
     measure(spec, arguments.workdir)
     return 0

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import statistics
 import types
@@ -18,6 +15,7 @@ from trainer import config as configuration
 from trainer.sweep import needs
 from trainer.sweep.changes import as_text, flat, folded, layered, quoted
 from trainer.sweep.experiment import Arm, Claim, Experiment, Scale, expanded_arms
+from trainer.sweep.measurement import check_function, measurement_id
 from trainer.sweep.reading import Source
 from trainer.sweep.space import label, read_seeds
 
@@ -309,33 +307,11 @@ def _measurement(
     stage: str,
     point: str,
 ) -> Run:
-    module, _, function = arm.measure.partition(":")
-    check_function(module, function)
     spec = {"measurement": arm.measure, "arguments": layered(common, own), "seed": seed}
+    check_function(arm.measure, spec["arguments"])
     text = json.dumps(spec, sort_keys=True, indent=2) + "\n"
-    identity = (function, measurement_id(spec), text, (), arm.measure)
+    identity = (arm.measure.partition(":")[2], measurement_id(spec), text, (), arm.measure)
     return Run(arm.name, seed, "measurement", stage, point, *identity, steps=0, tokens=0, devices=1, needs=before)
-
-
-def measurement_id(spec: Mapping[str, Any]) -> str:
-    """`<hash>-s<seed>`, the hash over the function and its arguments."""
-    known = {"measurement": spec["measurement"], "arguments": spec["arguments"]}
-    return f"{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]}-s{spec['seed']}"
-
-
-def check_function(module: str, function: str) -> None:
-    """Raises `ConfigError` unless the module's source defines the function; the module is not run, it may import JAX."""
-    try:
-        spec = importlib.util.find_spec(module) if module else None
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not function:
-        raise ConfigError(f"measure = '{module}:{function}': expected module:function, and there is no module {module!r}")
-    if spec.origin and spec.origin.endswith(".py"):
-        tree = ast.parse(Path(spec.origin).read_text())
-        defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        if function not in defined:
-            raise ConfigError(f"measure = '{module}:{function}': {spec.origin} defines {', '.join(defined) or 'no function'}")
 
 
 def _unseen_steps(experiment: Experiment, scale_name: str, runs: Sequence[Run]) -> list[Problem]:
