@@ -116,7 +116,8 @@ def lightnet_step(
     """One token of `kernels.lightnet`; the state is its pair (S [B,HV,K,V], z [B,H,K])."""
     ops.lightnet_call(Tensors(q, k, v, None, None, state), scale, True, None, None, step=True)
     q, k, v = (jnp.asarray(x)[:, None] for x in (q, k, v))
-    o, final = ops.lightnet(q, k, v, scale=scale, initial_state=state, output_final_state=True, backend="reference")
+    with jax.named_scope("lightnet_step"):
+        o, final = ops.lightnet(q, k, v, scale=scale, initial_state=state, output_final_state=True, backend="reference")
     return o[:, 0], final
 
 

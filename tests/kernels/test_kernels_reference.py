@@ -219,28 +219,11 @@ def test_transnormer_in_float16_stays_finite_where_its_sums_leave_the_range(rms)
     assert one.dtype == jnp.float16 and np.isfinite(one).all()
 
 
-def precisions(function, *arguments):
-    """The precision of every matrix product that a function traces to, nested ones included."""
-    found = []
-
-    def look(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                found.append(equation.params["precision"])
-            for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    look(inner)
-
-    look(jax.make_jaxpr(function)(*arguments).jaxpr)
-    return found
-
-
 FULL = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
 
 @pytest.mark.parametrize("op", GATES)
-def test_the_reference_and_the_steps_multiply_at_full_precision_on_every_device(problem, op):
+def test_the_reference_and_the_steps_multiply_at_full_precision_on_every_device(problem, precisions, op):
     given = problem(op, 3).cast(jnp.float32)
     gates = [given.gates[name] for name in ("g", "beta") if name in given.gates]
     whole = precisions(lambda *x: given.call(*x, backend="reference"), given.arrays, given.gates)
@@ -249,7 +232,7 @@ def test_the_reference_and_the_steps_multiply_at_full_precision_on_every_device(
 
 
 @pytest.mark.parametrize("op", ["delta_rule", "gated_delta_rule", "kda"])
-def test_chunks_of_delta_rules_multiply_at_full_precision_whatever_the_inputs_are(problem, op):
+def test_chunks_of_delta_rules_multiply_at_full_precision_whatever_the_inputs_are(problem, precisions, op):
     given = problem(op, 9).cast(jnp.bfloat16)
 
     def objective(arrays, gates):

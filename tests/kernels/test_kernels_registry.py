@@ -300,3 +300,25 @@ def test_a_call_is_of_the_device_that_jax_default_device_names(monkeypatch):
         choice = kernels.explain("linear_attention", q, q, v, **how)
         assert choice.backend == "xla" and "were compiled at K = V = 128 and 256" in choice.refusals["tpu"]
         assert kernels.explain("linear_attention", q, q, v, backend="tpu", **how).backend == "tpu"
+
+
+def scopes(function, *arguments):
+    """The name stack of every operation of a traced function."""
+    return jax.jit(function).lower(*arguments).as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_and_its_step_have_names_of_their_own_for_the_profiler(problem, op):
+    given = problem(op, 5).cast(jnp.float32)
+    call = getattr(kernels, op)
+    assert f"/{op}_xla/" in scopes(lambda q, k, v, gates: call(q, k, v, **gates), *given.arrays, given.gates)
+    interpreted = scopes(
+        lambda q, k, v, gates: call(q, k, v, **gates, backend="tpu", interpret=True), *given.arrays, given.gates
+    )
+    assert f"/{op}_tpu/" in interpreted and f"/{op}_xla/" not in interpreted
+    token = [x[:, 0] for x in given.arrays]
+    gates = {name: x[:, 0] for name, x in given.gates.items()}
+    step = getattr(kernels, f"{op}_step")
+    assert f"/{op}_step/" in scopes(
+        lambda q, k, v, gates, state: step(q, k, v, **gates, state=state), *token, gates, given.state
+    )

@@ -83,8 +83,9 @@ def check_kernel(
     dtype: str,
     heads: int = 1,
     regimes=REGIMES,
+    sizes: tuple[int, int] = (16, 8),
 ) -> None:
-    sizes = {"heads": heads, "value_heads": 2 * heads, "key_size": 16, "value_size": 8}
+    sizes = {"heads": heads, "value_heads": 2 * heads} | dict(zip(("key_size", "value_size"), sizes, strict=True))
     given = problem(op, length, sequences, **sizes, regimes=regimes).cast(jnp.dtype(dtype))
     inputs = (given.arrays, given.gates, given.state)
     shapes = [given.arrays[2].shape, *(x.shape for x in jax.tree.leaves(given.state))]
@@ -127,6 +128,49 @@ def test_interpreted_kernels_are_close_to_the_float64_recurrence(
 )
 def test_reflections_along_one_key_keep_their_digits(problem, row_rms, of_regime, op, dtype):
     check_kernel(problem, row_rms, of_regime, op, 65, "one", 32, dtype, regimes=UNDAMPED)
+
+
+@pytest.mark.parametrize("op,sequences", [("gla", "segments"), ("delta_rule", "packed"), ("kda", "one")])
+def test_values_may_be_larger_than_keys(problem, row_rms, of_regime, op, sequences):
+    check_kernel(problem, row_rms, of_regime, op, 33, sequences, 16, "float32", sizes=(8, 24))
+
+
+@pytest.mark.parametrize("op", ("simple_gla", "kda"))
+def test_a_decay_of_minus_infinity_forgets_everything_before(problem, op):
+    given = problem(op, 40, key_size=8, value_size=16).cast(jnp.dtype("float32"))
+    given.gates["g"] = np.array(given.gates["g"])
+    given.gates["g"][:, 21] = -np.inf
+    options = {"backend": "tpu", "interpret": True, "chunk_size": 16}
+    o, final = given.run(**options)
+    tail = tuple(x[:, 21:] for x in given.arrays)
+    gates = {name: x[:, 21:] for name, x in given.gates.items()}
+    alone, last = given.run(tail, gates, 0 * given.state, backend="reference")
+    np.testing.assert_allclose(o[:, 21:], alone, atol=5e-6 * np.abs(alone).max())
+    np.testing.assert_allclose(final, last, atol=5e-6 * np.abs(last).max())
+    gradient = jax.grad(lambda g: jnp.sum(given.run(gates=given.gates | {"g": g}, **options)[0]))(given.gates["g"])
+    assert np.all(np.isfinite(gradient)) and not np.any(gradient[:, 21])
+
+
+def test_the_scheduler_is_told_the_work_of_a_kernel(equations):
+    batch, length, heads, keys, values, chunk = 2, 64, 2, 8, 16, 32
+    q, v = jnp.ones((batch, length, heads, keys)), jnp.ones((batch, length, heads, values))
+    gates = {"g": -jnp.ones((batch, length, heads)), "beta": jnp.ones((batch, length, heads))}
+
+    def found(op, **given):
+        options = {"backend": "tpu", "interpret": True, "chunk_size": chunk}
+        every = equations(jax.grad(lambda q: jnp.sum(getattr(kernels, op)(q, q, v, **given, **options)[0])), q)
+        return {each.params["name"]: each.params["cost_estimate"] for each in every if each.primitive.name == "pallas_call"}
+
+    plain = found("linear_attention")
+    assert set(plain) == {"none_decay_additive_forward", "none_decay_additive_backward"}
+    forward, backward = plain.values()
+    # q k^T, the weights' sum of v, and a product into the state and out of it: a multiplication and an addition each.
+    assert forward.flops == batch * length * heads * 2 * (chunk * (keys + values) + 2 * keys * values)
+    tensors = batch * length * heads * (2 * keys + values) + batch * heads * keys * values  # q, k, v and the initial state
+    assert forward.bytes_accessed == 2 * 4 * tensors and forward.transcendentals == 0
+    assert backward.flops == 3 * forward.flops and backward.bytes_accessed > forward.bytes_accessed
+    gated = found("gated_delta_rule", **gates)["scalar_decay_delta_rule_forward"]
+    assert gated.flops > forward.flops and gated.transcendentals == batch * length * heads * chunk
 
 
 @pytest.mark.full

@@ -117,6 +117,22 @@ def test_long_sums_of_strong_decays_cost_no_digits_of_the_weak_ones(rms):
     assert rms(jax.jit(kernels.gla)(q, k, v, vector)[0], expected) < 5e-7
 
 
+@pytest.mark.parametrize("op", ("linear_attention", "simple_gla", "gla"))
+def test_products_of_additive_forms_are_never_rounded_in_float32_and_in_bfloat16_are_left_to_the_device(
+    problem, precisions, op
+):
+    """TPUs and GPUs round operands of float32 products unless told not to, a CPU does not: this is read off the program."""
+
+    def found(dtype):
+        given = problem(op, 40).cast(jnp.dtype(dtype))
+        inputs = (given.arrays, given.gates, given.state)
+        return precisions(jax.grad(lambda x: sum(jnp.sum(y) for y in given.run(*x, chunk_size=16))), inputs)
+
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(found("float32")) > 5 and set(found("float32")) == {highest}
+    assert None in found("bfloat16")
+
+
 @pytest.mark.parametrize("op", ("simple_gla", "kda"))
 def test_a_decay_of_minus_infinity_forgets_everything_before(problem, float64, op):
     given = problem(op, 40)
