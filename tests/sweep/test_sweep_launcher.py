@@ -362,3 +362,14 @@ def test_where_the_donor_is_lost_the_run_fails_without_being_started(acted):
     )
     assert row["outcome"] == "failed" and "is diverged" in row["message"]
     assert sweep.launch() == 1 and ("student", 0) not in sweep.starts()
+
+
+def test_a_tuned_arm_that_starts_from_a_tuned_one_is_run_to_the_end_and_once(acted):
+    tune = Tuning(space=axis(RATE, [1e-3, 1e-2]), seeds=[100])
+    student = Arm("student", {"train.teacher.run": RunOf("donor"), "model.layers": 1}, tune=tune)
+    sweep = Sweep([student, Arm("donor", tune=tune)])
+    assert sweep.launch(slots=2) == 0
+    starts = sweep.starts()
+    assert len(starts) == len(set(sweep.plan().distinct)) == 8 and {outcome for *_, outcome in sweep.ends()} == {"finished"}
+    assert max(i for i, start in enumerate(starts) if start == ("donor", 100)) < starts.index(("student", 100))
+    assert sweep.launch(slots=2) == 0 and sweep.starts() == starts

@@ -1,5 +1,6 @@
 """From a file to runs: the identity is the trainer's own, and every mistake is found before anything starts."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -275,13 +276,60 @@ def test_an_arm_gets_the_directory_of_the_run_that_it_starts_from(place):
     assert {run.arm for run in plan(experiment(arms=arms), only=["student"]).runs} == {"student", "donor"}
 
 
+TUNING = Tuning(space=axis(RATE, [1e-3, 1e-2]), seeds=[100])
+
+
+def teacher(run):
+    """The directory that a run learns from."""
+    return Path(json.loads(run.config)["train"]["teacher"]["run"]).name
+
+
+def test_an_arm_that_starts_from_a_tuned_one_waits_for_the_choice_and_gets_the_run_that_was_chosen(place):
+    student, pupil = ({"train.teacher.run": RunOf(name), RATE: rate} for name, rate in (("donor", 0.5), ("student", 0.25)))
+    found = experiment(arms=[Arm("pupil", pupil), Arm("student", student), Arm("donor", tune=TUNING)])
+    before = plan(found)
+    assert [(run.arm, run.stage) for run in before.runs] == [("donor", "tune")] * 2 and before.later == 6
+    after = plan(found, score=lambda run: (True, 1.0 if run.point.endswith("0.001") else 0.5))
+    of = {(run.arm, run.seed): run for run in after.runs if run.stage == "compare"}
+    assert len(of) == 6 and after.later == 0 and '"learning_rate":0.01' in of["donor", 0].config.replace(" ", "")
+    for seed in (0, 1):
+        assert teacher(of["student", seed]) == of["donor", seed].directory
+        assert teacher(of["pupil", seed]) == of["student", seed].directory
+
+
+def test_a_tuned_arm_tries_its_points_on_the_chosen_tuning_run_of_the_arm_that_it_starts_from(place):
+    arms = [Arm("student", {"train.teacher.run": RunOf("donor"), "model.layers": 1}, tune=TUNING), Arm("donor", tune=TUNING)]
+    before = plan(experiment(arms=arms))
+    assert {run.arm for run in before.runs} == {"donor"} and before.later == 2 + 2 + 2
+    assert [choice.arm for choice in before.choices] == ["donor", "student"]
+    half = plan(experiment(arms=arms), score=lambda run: (run.arm == "donor", 1.0 if run.point.endswith("0.001") else 0.5))
+    tried = [run for run in half.runs if run.arm == "student"]
+    best = next(run for run in half.runs if run.arm == "donor" and run.stage == "tune" and run.point.endswith("0.01"))
+    assert [(run.stage, run.seed) for run in tried] == [("tune", 100)] * 2 and half.later == 2
+    assert {teacher(run) for run in tried} == {best.directory} and all(run.needs == (best.directory,) for run in tried)
+    whole = plan(experiment(arms=arms), score=lambda run: (True, 1.0 if run.point.endswith("0.001") else 0.5))
+    of = {(run.arm, run.seed): run for run in whole.runs if run.stage == "compare"}
+    assert whole.later == 0 and all(teacher(of["student", seed]) == of["donor", seed].directory for seed in (0, 1))
+
+
 @pytest.mark.parametrize(
     ("arms", "words"),
     [
         ([Arm("a", {"init_from.run": RunOf("b")})], "starts from the run of 'b', and the arms are a"),
         ([Arm("a", {"init_from.run": RunOf("a")})], "which in the end waits for itself"),
         ([Arm("a", {"init_from.run": RunOf("b")}), Arm("b", {"init_from.run": RunOf("a")})], "waits for itself"),
-        ([Arm("a", {"init_from.run": RunOf("b")}), Arm("b", tune=Tuning(space=axis(RATE, [1.0])))], "can be tuned"),
+        ([Arm("a", {"init_from.run": RunOf("b")}, tune=TUNING), Arm("b")], "'b', which is not tuned at the same seeds"),
+        (
+            [Arm("a", {"init_from.run": RunOf("b")}, tune=TUNING), Arm("b", tune=dataclasses.replace(TUNING, seeds=[101]))],
+            "'b', which is not tuned at the same seeds and scales",
+        ),
+        (
+            [
+                Arm("a", {"init_from.run": RunOf("b")}, tune=TUNING),
+                Arm("b", tune=dataclasses.replace(TUNING, scales=["smoke"])),
+            ],
+            "'b', which is not tuned at the same seeds and scales",
+        ),
         ([Arm("a", {"init_from.run": RunOf("b")}), Arm("b", seeds=[7])], "which has other seeds"),
         ([Arm("a", {"init_from.run": RunOf("b")}), Arm("b", scales=["laptop"])], "which is not run at this scale"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from strata import ConfigError, Problem
+from trainer.sweep.space import read_seeds
 
 if TYPE_CHECKING:
     from trainer.sweep.experiment import Arm
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 class RunOf:
     """As a value in an arm's changes: the directory of another arm's run of the same seed.
 
-    That run is made first. Where it fails or diverges, the one that needs it fails without being started.
+    That run is made first. Where it fails or diverges, the one that needs it fails without being started. Of a tuned arm it is
+    the run at the point that was chosen. An arm that is tuned itself tries its points on the chosen tuning run, so the other
+    must be tuned at the same seeds.
 
     Args:
-      arm: its name. Neither of the two arms may be tuned.
+      arm: its name.
     """
 
     arm: str
@@ -43,19 +46,27 @@ def needed(arm: Arm) -> tuple[str, ...]:
 
 
 def problems(arms: Sequence[Arm]) -> Iterator[Problem]:
-    """Arms that are not there, are tuned, or wait for each other."""
+    """Arms that are not there, have no run of the seed, or wait for each other."""
     by_name = {arm.name: arm for arm in arms}
     for arm in arms:
         for name in needed(arm):
             other, where = by_name.get(name), f"arm {arm.name!r}"
             if other is None:
                 yield Problem(where, f"starts from the run of {name!r}, and the arms are {', '.join(by_name)}", has_value=False)
-            elif arm.tune or other.tune:
-                yield Problem(where, f"starts from the run of {name!r}: neither of the two can be tuned", has_value=False)
+            elif arm.tune and not _tuned_alike(arm, other):
+                message = f"is tuned and starts from the run of {name!r}, which is not tuned at the same seeds and scales"
+                yield Problem(where, message, has_value=False)
             elif arm.seeds != other.seeds:
                 yield Problem(where, f"starts from the run of {name!r}, which has other seeds", has_value=False)
             elif name in _all_needed(by_name, name):
                 yield Problem(where, f"starts from the run of {name!r}, which in the end waits for itself", has_value=False)
+
+
+def _tuned_alike(arm: Arm, other: Arm) -> bool:
+    """Whether another arm has tuning runs wherever a tuned arm has them."""
+    if other.tune is None or not set(read_seeds(arm.tune.seeds)) <= set(read_seeds(other.tune.seeds)):
+        return False
+    return other.tune.scales is None or (arm.tune.scales is not None and set(arm.tune.scales) <= set(other.tune.scales))
 
 
 def with_needed(chosen: Sequence[str], arms: Sequence[Arm]) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,25 +169,36 @@ def make_plan(
     runs: list[tuple[tuple[int, ...], Run]] = []
     choices, notes, later = [], {}, 0
     order, directories = {arm.name: index for index, arm in enumerate(arms)}, {}
+    undecided: set[str] = set()  # arms whose runs wait for the tuning of one; others are checked with a stand-in for theirs
     for arm in needs.in_order(arms):
         index = order[arm.name]
         seeds = read_seeds(arm.seeds if arm.seeds is not None else scale.seeds)
+        waits = not undecided.isdisjoint(needs.needed(arm))
+        make = functools.partial(_runs, source, scale_name, arm, changes=changes, notes=notes, directories=directories)
         try:
             comparing: Mapping[str, Any] = {}
             if arm.tune is not None and arm.tune.at(scale_name):
-                tuning = _tuning_runs(source, scale_name, arm, changes, notes)
-                tuning_seeds = len(read_seeds(arm.tune.seeds))
-                runs += [((arm.part, 0, i % tuning_seeds, index, i), run) for i, run in enumerate(tuning)]
-                choice, chosen = _choose(arm, experiment, tuning, score)
+                tuning_seeds = read_seeds(arm.tune.seeds)
+                tuning = [run for point in arm.tune.space for run in make(point, tuning_seeds, "tune")]
+                if not waits:
+                    runs += [((arm.part, 0, i % len(tuning_seeds), index, i), run) for i, run in enumerate(tuning)]
+                choice, chosen = _choose(arm, experiment, tuning, None if waits else score)
                 choices.append(choice)
-                comparing = chosen or {}
                 if chosen is None:
-                    for point in arm.tune.space:  # any of them may be chosen, so all must be right
-                        _runs(source, scale_name, arm, point, seeds[:1], "compare", changes, notes)
-                    later += len(seeds)
+                    made = [make(point, seeds[:1], "compare")[0] for point in arm.tune.space]  # any of them may be chosen
+                    later += len(seeds) + waits * len(tuning)
+                    undecided.add(arm.name)
+                    directories |= {(arm.name, seed): f"{runs_at}/{made[0].directory}" for seed in [*tuning_seeds, *seeds]}
                     continue
-            made = _runs(source, scale_name, arm, comparing, seeds, "compare", changes, notes, directories)
+                best = [run for run in tuning if run.point == label(chosen)]
+                directories |= {(arm.name, run.seed): f"{runs_at}/{run.directory}" for run in best}
+                comparing = chosen
+            made = make(comparing, seeds, "compare")
             directories |= {(arm.name, run.seed): f"{runs_at}/{run.directory}" for run in made}
+            if waits:
+                later += len(seeds)
+                undecided.add(arm.name)
+                continue
             # Seeds come before arms: whenever a sweep is stopped, its arms have been run on nearly the same seeds.
             runs += [((arm.part, 1, i, index, 0), run) for i, run in enumerate(made)]
         except ConfigError as error:
@@ -205,11 +216,6 @@ def make_plan(
     said = [f"{note} ({_listed(names)})" for note, names in notes.items()] + _refuse_equal(ordered)
     kept = tuple(only) if only is not None else None
     return Plan(source, scale_name, ordered, later, tuple(choices), tuple(said), tuple(changes), kept)
-
-
-def _tuning_runs(source: Source, scale_name: str, arm: Arm, changes: Any, notes: Any) -> list[Run]:
-    seeds = read_seeds(arm.tune.seeds)
-    return [run for point in arm.tune.space for run in _runs(source, scale_name, arm, point, seeds, "tune", changes, notes)]
 
 
 def _choose(
@@ -243,7 +249,7 @@ def _runs(
     stage: str,
     changes: Sequence[tuple[str, str]],
     notes: dict[str, list[str]],
-    directories: needs.Directories = types.MappingProxyType({}),
+    directories: needs.Directories,
 ) -> list[Run]:
     """The runs of one arm at one point, one a seed; `directories` of the arms before it."""
     scale = source.experiment.scales[scale_name]
