@@ -85,10 +85,10 @@ def get_experiment() -> Experiment:
             "laptop": Scale(
                 seeds=5,
                 changes=text.LAPTOP | adamw | schedule(400),
-                minutes=1.8,
+                minutes=1.2,
                 note="4 layers of width 128 on bytes of the standard library, 400 steps of 8 x 128, one run at a time",
             ),
-            "gpu": Scale(seeds=3, changes=text.GPU | adamw | schedule(800), minutes=0.9),
+            "gpu": Scale(seeds=3, changes=text.GPU | adamw | schedule(700), minutes=0.8),
             "paper": Scale(
                 seeds=3,
                 changes=text.corpus("fineweb", batch_size=512, sequence_length=1024, micro_batches=4)

@@ -90,8 +90,8 @@ def get_experiment() -> Experiment:
             ),
             "gpu": Scale(
                 seeds=3,
-                changes=text.GPU | text.shape(256, 24, 4) | RECIPE | schedule(800),
-                minutes=0.9,
+                changes=text.GPU | text.shape(256, 24, 4) | RECIPE | schedule(700),
+                minutes=0.8,
                 note="24 layers of width 256; in pieces: --part 1 --stop_after 8",
             ),
             "paper": Scale(

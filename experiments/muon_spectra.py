@@ -275,7 +275,7 @@ def step_arms() -> list[Arm]:
         Arm("steps exchanged", exchanged, part=2, scales=OURS, control="the same steps on the wrong matrices"),
         Arm("paper's laws", PAPERS, part=2, scales=OURS),
     ]
-    how = {"measure": f"{FOUND}:work", "minutes": {"laptop": 0.3, "gpu": 0.2}}
+    how = {"measure": f"{FOUND}:work", "minutes": {"laptop": 0.1, "gpu": 0.05}}
     for arm in [arm for arm in found if arm.name != "two steps"]:
         directories = {"run": RunOf(arm.name), "against": RunOf(MAIN)}
         control = "itself" if arm.name == MAIN else ""

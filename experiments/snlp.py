@@ -100,7 +100,7 @@ def speed_and_loss(measurement, *, run: str, depth: dict, batches: int, rounds: 
 
 def measured(weights: str, ways: list[str], **rest) -> list[Arm]:
     """A measurement of an arm's run for every way."""
-    how = {"measure": "experiments.snlp:speed_and_loss", "minutes": {"laptop": 0.3, "gpu": 0.3}}
+    how = {"measure": "experiments.snlp:speed_and_loss", "minutes": {"laptop": 0.15, "gpu": 0.15}}
     return [Arm(f"{weights}: {way}", {"run": RunOf(weights)}, by_scale=WAYS[way], **how, **rest) for way in ways]
 
 
@@ -127,7 +127,7 @@ def arms() -> list[Arm]:
             measure="experiments.snlp:speed_and_loss",
             by_scale=scaled,
             part=2,
-            minutes={"laptop": 0.3},
+            minutes={"laptop": 0.15},
         )
     )
     return found
@@ -176,7 +176,7 @@ def get_experiment() -> Experiment:
                 | {"data.batch_size": 32, "data.sequence_length": 1024}
                 | schedule(800),
                 arguments={"batches": 8, "rounds": 50},
-                minutes=0.9,
+                minutes=0.8,
                 note="24 layers of width 384; in pieces: --part 1 --stop_after 8",
             ),
             "paper": Scale(

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from trainer.report.cli import main as report
+from trainer.sweep.cost import describe_work
 from trainer.sweep.measurement import measure
+from trainer.sweep.needs import needed
 from trainer.sweep.place import Place
-from trainer.sweep.plan import make_plan
+from trainer.sweep.plan import arms_at, make_plan
 from trainer.sweep.reading import read
+from trainer.sweep.space import read_seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "experiments").glob("*.py")) if "def get_experiment" in path.read_text()}
@@ -42,6 +45,36 @@ def test_every_scale_of_every_experiment_is_valid_and_its_claims_are_tested(name
         tested |= {claim.statement for claim in plan.claims}
     assert tested == {claim.statement for claim in experiment.claims}
     assert experiment.scales["smoke"].seeds != 1 and not any(arm.tune and arm.tune.at("smoke") for arm in plan.arms)
+
+
+def minutes(plan):
+    """Of all runs that are not there yet, by what the file expects, comparison runs of tuned arms included."""
+    expected = {arm.name: arm.minutes.get(plan.scale_name, plan.scale.minutes) for arm in plan.arms}
+    seeds = len(read_seeds(plan.scale.seeds))
+    runs = sum(expected[run.arm] for run in plan.distinct) + sum(seeds * expected[choice.arm] for choice in plan.choices)
+    return runs / plan.scale.slots
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_headline_takes_three_quarters_of_an_hour_on_a_laptop_and_eight_minutes_on_a_gpu(name):
+    experiment = read(str(FILES[name])).experiment
+    for scale, limit in (("laptop", 45), ("gpu", 8)):
+        headline = [arm.part for arm in arms_at(experiment, scale) if arm.part == 1]
+        if scale in experiment.scales:
+            plan = make_plan(read(str(FILES[name])), scale, part=1 if headline else None)
+            assert minutes(plan) <= limit, f"{scale}: {minutes(plan):.1f}"
+            trained = {run.arm for run in plan.runs if run.kind == "train"}
+            donors = {name for arm in plan.arms for name in needed(arm) if name in trained}
+            assert len(trained - donors) <= (3 if headline else 5), scale
+
+
+@pytest.mark.parametrize("name", [name for name, path in FILES.items() if '"paper": Scale(' in path.read_text()])
+def test_the_papers_own_scale_is_costed(name):
+    plan = make_plan(read(str(FILES[name])), "paper")
+    lines = describe_work(plan)
+    if any(run.kind == "train" for run in plan.runs):
+        assert "hours of one NVIDIA H100" in lines[-1] and not any("unknown" in line for line in lines), lines
+        assert float(lines[-1].split("runs: ")[1].split(" FLOP")[0]) > 1e17
 
 
 def test_a_claim_about_relaxation_compares_arms_that_differ_in_that_alone():
