@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from trainer.sweep.plan import make_plan
+from trainer.sweep.reading import read
+
 RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
 PARTIAL = "recipes-laptop-part-1"
 """Its claims are decided again, by more runs, in `recipes-laptop`."""
@@ -28,6 +31,22 @@ def test_the_table_of_findings_is_that_of_the_reports():
     text = (RESULTS / "README.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("| [`")]
     assert table == list(rows())
+
+
+def test_a_whole_report_decides_the_claims_of_its_experiment_by_their_rules(monkeypatch):
+    monkeypatch.chdir(RESULTS.parents[1])
+    whole = 0
+    for path in sorted(RESULTS.glob("*/report.json")):
+        report = json.loads(path.read_text())
+        if not report["finished"]:
+            continue
+        whole += 1
+        plan = make_plan(read(f"experiments/{report['title']}.py"), report["scale"])
+        claims = [(claim["statement"], claim["arm"], claim["against"], claim["rule"]) for claim in report["claims"]]
+        assert claims == [(claim.statement, claim.arm, claim.against, str(claim.rule)) for claim in plan.claims], (
+            path.parent.name
+        )
+    assert whole > 5
 
 
 def test_no_report_names_a_directory_of_the_machine_that_made_it():
