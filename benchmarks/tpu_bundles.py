@@ -107,7 +107,7 @@ def executions(hlo: str) -> dict[str, tuple[int, str]]:
 
 def nameless(line: str) -> str:
     """An instruction without names and source lines: what is the same for two that do the same."""
-    return re.sub(r"%[^\s,()]+|metadata=\{[^}]*\}|sharding=\{.*?\}(?=,|$)", "", line).strip()
+    return re.sub(r"%[^\s,()]+|, metadata=\{[^}]*\}|, sharding=\{.*?\}(?=,|$)", "", line).strip()
 
 
 def total(hlo: str, dumps: Path) -> dict[str, int]:

@@ -125,8 +125,8 @@ def digits(run, *, channels, batch: int, steps: int, every: int, learning_rate: 
     state = transformation.init(params)
     batch = min(batch, len(train[0]))
     shapes = (params, state, train[0][:batch], train[1][:batch])
-    every = (0,) if cuts is None else cuts.first
-    compiled = {cut: jax.jit(update, static_argnums=4).lower(*shapes, cut).compile() for cut in every}
+    firsts = (0,) if cuts is None else cuts.first
+    compiled = {cut: jax.jit(update, static_argnums=4).lower(*shapes, cut).compile() for cut in firsts}
     draw, seconds, last = np.random.default_rng([run.seed, 1]), 0.0, 0
     for step in range(1, steps + 1):
         rows = draw.choice(len(train[0]), batch, replace=False)

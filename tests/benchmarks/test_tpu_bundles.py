@@ -36,7 +36,7 @@ MODULE = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %fused_b (param_0.1: f32[8]) -> f32[8] {
   %param_0.1 = f32[8]{0} parameter(0)
-  ROOT %exp.2 = f32[8]{0} exponential(%param_0.1), metadata={op_name="jit(f)/exp" stack_frame_id=2}
+  ROOT %exp.2 = f32[8]{0} exponential(%param_0.1)
 }
 
 %body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
