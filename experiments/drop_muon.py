@@ -145,7 +145,7 @@ def digits(run, *, channels, batch: int, steps: int, every: int, learning_rate: 
 
 def image_arms() -> list[Arm]:
     """Muon and Drop-Muon over the three convolutions, each a bucket."""
-    tune = Tuning(space=axis("learning_rate", [0.01, 0.02, 0.04, 0.08, 0.16]), scales=["laptop"])
+    tune = Tuning(space=axis("learning_rate", [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]), scales=["laptop"])
     requires = {"sklearn": "pip install 'strata-lm[images]'"}
     where = {
         "measure": "experiments.drop_muon:digits",

@@ -155,6 +155,22 @@ def measured(function, arguments, directory):
     return {row["step"]: row for row in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())}
 
 
+def test_the_image_network_learns_and_a_run_that_drops_layers_still_scores_the_whole_network(tmp_path):
+    pytest.importorskip("sklearn", reason="the image network needs scikit-learn")
+    arms = {arm.name: arm for arm in read(str(FILES["drop_muon"])).experiment.arms if arm.name.startswith("images: ")}
+    small = {"channels": [4, 8, 8], "batch": 64, "every": 6, "steps": 18, "learning_rate": 0.02}
+    for name in ("images: muon", "images: drop, uniform"):
+        directory = tmp_path / name.partition(" ")[2]
+        measured("drop_muon:digits", small | dict(arms[name].changes), directory)
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["split"]) for row in rows] == [
+            (step, split) for step in (6, 12, 18) for split in ("train", "val")
+        ]
+        train = [row for row in rows if row["split"] == "train"]
+        assert all(row["timing"]["step_seconds"] > 0 for row in train) and train[0]["loss"] > train[-1]["loss"]
+        assert rows[-1]["accuracy"] > 0.3, "three times what guessing gives"
+
+
 @pytest.fixture(scope="module")
 def spectra(tmp_path_factory):
     """Spectra of four sizes that follow the paper's exponents in the median, and the width alone in the other quantiles."""
