@@ -16,11 +16,12 @@ many more steps as the formula of the cost allows, and ends its schedule there. 
 Drop-Muon needs for its steps: if its shorter schedule is as good, skipping layers bought nothing. Rates on text are tuned.
 
 The image network is the paper's setting in small: scikit-learn's digits (pip install 'strata-lm[images]'), three convolutions,
-`optim` used directly; test accuracy stands beside training accuracy. How soon 99 % are reached depends on the rate, of which the
-last loss tells nothing there, so that tuning would give two arms unlike rates by chance: they are compared at equal ones, a low
-one and one at which both were the soonest on a seed of its own.
+`optim` used directly; test accuracy stands beside training accuracy. How soon 99 % are reached depends on the rate, of which
+the last loss tells nothing there, so that tuning would give two arms unlike rates by chance: they are compared at equal ones, a
+low one and one at which both were the soonest on a seed of its own.
 
-Against the claim would count: Muon as fast to the same loss, or lower at equal work. Seconds are of updates alone and compare runs one at a time on a quiet machine (one slot).
+Against the claim would count: Muon as fast to the same loss, or lower at equal work. Seconds are of updates alone and compare
+runs one at a time on a quiet machine (one slot).
 """
 
 import math
