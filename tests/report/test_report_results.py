@@ -247,6 +247,21 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
     assert report.arms[1].chosen == "learning_rate=0.5" and report.verdicts[0].word == REPRODUCED
 
 
+def test_a_choice_of_tuning_by_less_than_seeds_differ_is_said(planted, make_experiment):
+    tune = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100])
+    found = make_experiment(arms=[Arm("a"), Arm("b", tune=tune)])
+    spread = 0.1  # between neighbouring seeds
+    for lead, said in ((0.5, False), (0.01, True)):
+        for run in planted.plan(found).runs:
+            planted.write(run, [4.0, 2.0 + lead * (run.point.endswith("0.1"))])
+        for run in planted.plan(found).runs:
+            if run.stage == "compare":
+                planted.write(run, [4.0, 1.0 + spread * run.seed])
+        warnings = report_of(planted, planted.plan(found)).warnings
+        shown = [warning for warning in warnings if "tuning preferred its point by less than seeds differ" in warning]
+        assert bool(shown) == said and all("b by 0.01 of 0." in warning for warning in shown)
+
+
 def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, make_experiment):
     rate = "optimizer.direction.learning_rate"
     arms = [Arm("a"), Arm("b", tune=Tuning(space=axis(rate, [0.1, 0.5, 0.9]), seeds=[100]))]
@@ -307,7 +322,7 @@ def test_a_claim_about_measurements_names_the_tokens_of_what_they_looked_at(plan
     from trainer.report.tables import arms
     from trainer.sweep import RunOf
 
-    how = {"measure": "trainer.sweep.measurement:main"}  # is never called here
+    how = {"measure": "experiments.muon_spectra:quantiles"}  # is never called here
     arms_of = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5})]
     arms_of += [Arm(f"of {name}", {"run": RunOf(name)}, **how) for name in "ab"]
     claim = Claim(statement="s", source="x", arm="of b", against="of a", metric=Metric("accuracy"), rule=Rule())

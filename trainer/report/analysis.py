@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import math
 from collections import Counter
+from statistics import stdev
 from typing import Any
 
 from trainer.report import statistics
@@ -166,6 +167,8 @@ def _warnings(results: Results) -> list[str]:
             found.append(
                 f"the tuning of {choice.arm} chose {choice.chosen}, at the edge of what was tried: a better one may lie outside"
             )
+    if close := _close_tuning(results):
+        found.append(f"tuning preferred its point by less than seeds differ, so that another may be as good or better: {close}")
     for metric in [results.metric, *results.also]:
         if results.records and all(record.state == "finished" for record in results.records):
             known = [found for arm in results.arms for found in results.values(arm.name, metric).values()]
@@ -175,6 +178,22 @@ def _warnings(results: Results) -> list[str]:
     if len(results.seeds) == 1 and results.claims:
         found.append("one seed: no verdict is given at n = 1")
     return found + results.notes
+
+
+def _close_tuning(results: Results) -> str:
+    """Arms whose chosen point leads by less than the standard error of a mean over as many seeds as tuning had."""
+    shown = []
+    for choice in results.choices:
+        values = [value[0] for value in results.values(choice.arm, results.metric).values() if value is not None]
+        others = [mean for point, mean in choice.means.items() if mean is not None and point != choice.chosen]
+        if choice.chosen is None or not others or len(values) < 2:
+            continue
+        lead = min(abs(mean - choice.means[choice.chosen]) for mean in others)
+        seeds = len({record.seed for record in results.of(choice.arm, "tune")})
+        error = stdev(values) / math.sqrt(seeds)
+        if lead < error:
+            shown.append(f"{choice.arm} by {lead:.2g} of {error:.2g}")
+    return ", ".join(shown)
 
 
 def _uneven_evaluations(results: Results) -> list[str]:
