@@ -225,18 +225,21 @@ def _speed(results: Results, family: str, arms: Sequence[Arm]) -> Drawing | None
     start, end = better(starts), better(ends)
     if not (math.isfinite(start) and math.isfinite(end)) or start == end:
         return None
-    figure, axes = _figure(_titled(f"steps to a {metric.split} {metric.name}, mean over seeds", family))
-    axis, targets, looks = axes[0, 0], np.linspace(start, end, 60), _looks(results, arms)
-    for arm in arms:
-        if arm.name not in curves:
-            continue
+    lines = {}
+    for name, runs in curves.items():
         points = []
-        for target in targets:
-            steps = [outcomes.crossing(run, float(target), metric.lower_is_better) for run in curves[arm.name]]
+        for target in np.linspace(start, end, 60):
+            steps = [outcomes.crossing(run, float(target), metric.lower_is_better) for run in runs]
             if all(step is not None for step in steps):
                 points.append((float(target), float(np.mean(steps))))
         if len(points) > 1:  # one is no line
-            axis.plot(*np.array(points).T, label=arm.name, linewidth=1.4, **looks[arm.name])
+            lines[name] = points
+    if not lines:
+        return None
+    figure, axes = _figure(_titled(f"steps to a {metric.split} {metric.name}, mean over seeds", family))
+    axis, looks = axes[0, 0], _looks(results, arms)
+    for name, points in lines.items():
+        axis.plot(*np.array(points).T, label=name, linewidth=1.4, **looks[name])
     axis.set_xlabel(f"{metric.split} {metric.name} reached by all seeds")
     axis.set_ylabel("steps")
     if metric.lower_is_better:
