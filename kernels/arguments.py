@@ -61,6 +61,7 @@ class Call:
     device: str  # its name in tuning tables
     capability: str  # its compute capability; empty where there is none
     devices: int  # that XLA may split the call over; 1 within a `jax.shard_map` that has split it already
+    varies: bool  # within a `jax.shard_map` that checks how arrays vary over the mesh, where JAX refuses Pallas kernels
 
     @property
     def group(self) -> int:
@@ -177,19 +178,22 @@ def checked(
         device=device_name(device.device_kind, device.platform),
         capability=str(getattr(device, "compute_capability", "")),
         devices=1 if _split_already(tensors) else jax.device_count(),
+        varies=_varies(tensors),
     )
 
 
 def _split_already(tensors: Tensors) -> bool:
-    """Whether every axis of the mesh is in the hands of a `jax.shard_map`, with `check_vma=False`: where JAX checks how arrays
-    vary over the mesh it refuses Pallas kernels.
-    """
+    """Whether every axis of the mesh is in the hands of a `jax.shard_map`, with `check_vma=False`."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     if mesh.empty or any(kind != jax.sharding.AxisType.Manual and size > 1 for kind, size in axes):
         return False
+    return not _varies(tensors)
+
+
+def _varies(tensors: Tensors) -> bool:
     avals = (getattr(x, "aval", x) for x in tensors if x is not None)
-    return not any(getattr(getattr(aval, "manual_axis_type", None), "varying", None) for aval in avals)
+    return any(getattr(getattr(aval, "manual_axis_type", None), "varying", None) for aval in avals)
 
 
 def default_device() -> jax.Device:

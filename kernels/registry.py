@@ -83,6 +83,8 @@ def refusal(call: Call, backend: str) -> str | None:
     """Why `backend` cannot serve `call`; None when it can."""
     if backend not in BACKENDS:
         return f"there is no back-end of this name; expected one of auto, {', '.join(BACKENDS)}"
+    if call.varies and backend in PALLAS:
+        return "JAX refuses Pallas kernels within a jax.shard_map that checks how arrays vary: give it check_vma=False"
     found = _implementations.get((call.op, backend))
     return f"{call.op} is not built for it in this version" if found is None else found.refusal(converted(call, backend))
 

@@ -89,8 +89,8 @@ def chosen_on_a_mesh() -> None:
         try:
             taken.append(kernels.explain("linear_attention", q, q, q, interpret=True).backend)
             return kernels.linear_attention(q, q, q, interpret=True)[0]
-        except ConfigError:
-            taken.append("refused")
+        except ConfigError as error:
+            taken.append("check_vma" if "give it check_vma=False" in str(error) else "refused")
             return q
 
     q, both, one = np.ones((2, 8, 2, 8), np.float32), {"data", "tensor"}, {"data"}
@@ -99,7 +99,16 @@ def chosen_on_a_mesh() -> None:
     for axes, check in ((both, False), (both, True), (one, False)):
         split = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=check)
         assert jax.jit(split)(q).shape == q.shape
-    assert taken == ["refused", "tpu", "refused", "refused"], taken
+    assert taken == ["refused", "tpu", "check_vma", "refused"], taken
+    named = jax.shard_map(
+        lambda q: kernels.linear_attention(q, q, q, backend="tpu", interpret=True)[0], mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    try:
+        jax.jit(named)(q)
+    except ConfigError as error:
+        assert 'backend="tpu" cannot serve this call: JAX refuses Pallas kernels within' in str(error)
+    else:
+        raise AssertionError("not refused")
 
 
 def test_auto_takes_a_pallas_kernel_where_shard_map_has_split_the_call_and_only_there(root):
