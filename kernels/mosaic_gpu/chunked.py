@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.arguments import Call, Tensors
+from kernels.derivatives import first_only
 from kernels.mosaic_gpu import gradients, outputs, pairs, split
 from kernels.mosaic_gpu.layout import Form, Size
 from kernels.mosaic_gpu.limits import TILE
@@ -118,7 +119,7 @@ def backward(form: Form, residuals, cotangents):
     return dq, dk, dv.astype(v.dtype), dg, dbeta, None, None, arrays["dinitial"]
 
 
-_chunks.defvjp(forward, backward)
+_chunks.defvjp(first_only(forward), first_only(backward))
 
 
 def by_token(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.arguments import Call, Tensors
+from kernels.derivatives import first_only
 from kernels.reference.recurrence import initial_state, per_token_gate
 from kernels.sequences import boundaries
 from kernels.tpu import backward, forward
@@ -88,7 +89,7 @@ def _backward(form: Form, residuals, cotangents):
     return (Inputs(found["dq"], found["dk"], found["dv"], dg, dbeta, None, None, dinitial),)
 
 
-_chunks.defvjp(_forward, _backward)
+_chunks.defvjp(first_only(_forward), first_only(_backward))
 
 
 def form_of(call: Call) -> Form:

@@ -130,6 +130,18 @@ def test_reflections_along_one_key_keep_their_digits(problem, row_rms, of_regime
     check_kernel(problem, row_rms, of_regime, op, 65, "one", 32, dtype, regimes=UNDAMPED)
 
 
+def test_a_second_derivative_is_refused_with_the_way_out():
+    q = jnp.ones((1, 16, 2, 8))
+
+    def norm_of_gradient(q, **options):
+        slope = jax.grad(lambda q: jnp.sum(jnp.sin(kernels.linear_attention(q, q, q, **options)[0])))(q)
+        return jnp.sum(slope**2)
+
+    with pytest.raises(ConfigError, match='has the first alone: give the op backend="xla"'):
+        jax.grad(lambda q: norm_of_gradient(q, backend="tpu", interpret=True))(q)
+    assert np.isfinite(jax.grad(lambda q: norm_of_gradient(q, backend="xla"))(q)).all()
+
+
 @pytest.mark.parametrize("op,sequences", [("gla", "segments"), ("delta_rule", "packed"), ("kda", "one")])
 def test_values_may_be_larger_than_keys(problem, row_rms, of_regime, op, sequences):
     check_kernel(problem, row_rms, of_regime, op, 33, sequences, 16, "float32", sizes=(8, 24))
