@@ -45,9 +45,13 @@ SCALES = {
 
 
 def paced(name: str, ramp: bool = False, **rest) -> dict:
-    """A layerwise rate by scale, with that scale's interval."""
+    """A layerwise rate by scale, with that scale's interval, and its multipliers in the rows twelve times a run."""
     return {
-        scale: {"optimizer.layerwise": {"name": name, **found["pace"], **({"ramp": found["ramp"]} if ramp else {}), **rest}}
+        scale: {
+            "optimizer.layerwise": {"name": name, **found["pace"], **({"ramp": found["ramp"]} if ramp else {}), **rest},
+            "diagnostics.every": max(1, found["changes"]["train.steps"] // 12),
+            "diagnostics.names": ["multipliers"],
+        }
         for scale, found in SCALES.items()
     }
 

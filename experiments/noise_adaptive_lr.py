@@ -37,8 +37,10 @@ def lanton(**changes) -> dict:
 
 
 def schedule(steps: int) -> dict:
-    """Cosine (recalled, low confidence)."""
-    return {"train.steps": steps, "optimizer.schedule": {"name": "cosine", "warmup": max(1, steps // 20)}}
+    """Cosine (recalled, low confidence); the multipliers of layerwise rates in the rows twelve times a run."""
+    cosine = {"name": "cosine", "warmup": max(1, steps // 20)}
+    shown = {"diagnostics.every": max(1, steps // 12), "diagnostics.names": ["multipliers"]}
+    return {"train.steps": steps, "optimizer.schedule": cosine, **shown}
 
 
 def get_experiment() -> Experiment:
