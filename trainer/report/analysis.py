@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import math
 from collections import Counter
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from trainer.report import statistics
@@ -181,18 +181,24 @@ def _warnings(results: Results) -> list[str]:
 
 
 def _close_tuning(results: Results) -> str:
-    """Arms whose chosen point leads by less than the standard error of a mean over as many seeds as tuning had."""
+    """Arms whose chosen point leads the next one by less than the standard error of that lead: by seed where tuning had
+    several, else by how the runs of the comparison differ.
+    """
     shown = []
     for choice in results.choices:
+        points: dict[str, dict[int, float]] = {}
+        for record in results.of(choice.arm, "tune"):
+            if record.state == "finished" and (found := results.value(record, results.metric)):
+                points.setdefault(record.point, {})[record.seed] = found[0]
+        best = points.pop(choice.chosen or "", None)
+        leads = [[other[seed] - best[seed] for seed in other if seed in best] for other in points.values() if best]
         values = [value[0] for value in results.values(choice.arm, results.metric).values() if value is not None]
-        others = [mean for point, mean in choice.means.items() if mean is not None and point != choice.chosen]
-        if choice.chosen is None or not others or len(values) < 2:
+        if not (leads := [lead for lead in leads if lead]) or len(values) < 2:
             continue
-        lead = min(abs(mean - choice.means[choice.chosen]) for mean in others)
-        seeds = len({record.seed for record in results.of(choice.arm, "tune")})
-        error = stdev(values) / math.sqrt(seeds)
-        if lead < error:
-            shown.append(f"{choice.arm} by {lead:.2g} of {error:.2g}")
+        lead = min(leads, key=lambda lead: abs(fmean(lead)))
+        error = stdev(lead) / math.sqrt(len(lead)) if len(lead) > 1 else stdev(values)
+        if abs(fmean(lead)) < error:
+            shown.append(f"{choice.arm} by {abs(fmean(lead)):.2g} of {error:.2g}")
     return ", ".join(shown)
 
 
