@@ -15,7 +15,7 @@ from trainer.report.cli import main, write
 from trainer.report.figures import draw
 from trainer.report.results import of_plan
 from trainer.report.words import sentence
-from trainer.sweep import Arm, Claim, Rule, Scale, axis
+from trainer.sweep import Arm, Claim, Rule, Scale, Tuning, axis
 
 RATE = "optimizer.direction.learning_rate"
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -98,6 +98,20 @@ def test_numbers_over_layers_are_drawn_as_heat_maps_and_a_grid_of_rates_as_a_u_c
     assert "heat-train-grad_norm_by_layer" in drawings and "image/png;base64" in drawings["heat-train-grad_norm_by_layer"].svg
     u_curve = drawings["u-curve-learning_rate"]
     assert "1 at 0.01" in u_curve.alt and "0.3" not in u_curve.alt.replace("0.3,", "")
+
+
+def test_rates_of_measurements_and_of_training_are_drawn_apart(planted, make_experiment):
+    grids = {"": axis(RATE, [0.001, 0.01]), "toy": axis("learning_rate", [8.0, 16.0])}
+    how = {"measure": "experiments.drop_muon:digits"}  # is never called here
+    rest = dict.fromkeys(("channels", "batch", "steps", "every", "rest"))
+    tuned = {name: Tuning(space=grid, seeds=[100]) for name, grid in grids.items()}
+    arms = [Arm("text", tune=tuned[""]), Arm("toy", rest | {"learning_rate": 1.0}, tune=tuned["toy"], **how)]
+    plan = planted.plan(make_experiment(arms=arms, claims=[]))
+    for run in plan.runs:
+        planted.write(run, [4.0, 3.0, float(run.point.partition("=")[2])])
+    drawings = {drawing.name: drawing for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    assert "8 at 8, 16 at 16" in drawings["u-curve-learning_rate"].alt
+    assert "0.01 at 0.01" in drawings["u-curve-optimizer-direction-learning_rate"].alt
 
 
 def test_arms_with_curves_have_colours_of_their_own_however_many_arms_have_none(planted, make_experiment):

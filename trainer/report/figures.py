@@ -346,7 +346,10 @@ def _u_curves(results: Results) -> list[Drawing]:
         for name, points in groups.items():
             if len({x for x, _, _ in points if x is not None}) > 2:
                 families.setdefault(path, {})[name] = points
-    return [_u_curve(path, lines, metric) for path, lines in families.items() if _drawable(lines)]
+    families = {path: lines for path, lines in families.items() if _drawable(lines)}
+    last = [path.rsplit(".", 1)[-1] for path in families]
+    names = [name if last.count(name) == 1 else path.replace(".", "-") for name, path in zip(last, families, strict=True)]
+    return [_u_curve(name, path, lines, metric) for name, (path, lines) in zip(names, families.items(), strict=True)]
 
 
 def _ended(records: Sequence[Record]) -> list[Record]:
@@ -359,7 +362,8 @@ def _drawable(lines: dict[str, list[tuple[float, float | None, str]]]) -> bool:
 
 
 def _at(config: Any, path: str) -> float | None:
-    for step in path.split("."):
+    """A number in a config, or among the arguments of a measurement."""
+    for step in path.split(".") if "measurement" not in config else ("arguments", path):
         config = config.get(step) if isinstance(config, dict) else None
     return float(config) if isinstance(config, int | float) and not isinstance(config, bool) else None
 
@@ -370,11 +374,11 @@ def _final(results: Results, record: Record, metric: Metric) -> float | None:
     return None if number is None else number[0]
 
 
-def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]], metric: Metric) -> Drawing:
+def _u_curve(name: str, path: str, lines: dict[str, list[tuple[float, float | None, str]]], metric: Metric) -> Drawing:
     figure, axes = _figure(f"{metric.split} {metric.name} over {path.rsplit('.', 1)[-1]}")
     axis, xs, ringed = axes[0, 0], [], False
     words = []
-    for index, (name, points) in enumerate(lines.items()):
+    for index, (line, points) in enumerate(lines.items()):
         points = [(x, y, mark) for x, y, mark in points if x is not None]
         xs += [x for x, _, _ in points]
         known = [(x, y) for x, y, _ in points if y is not None]
@@ -383,8 +387,8 @@ def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]],
         if known:
             axis.plot(*zip(*known, strict=True), MARKERS[index % len(MARKERS)], color=look["color"], markersize=4, alpha=0.6)
         if means:
-            axis.plot(*zip(*means, strict=True), label=name, linewidth=1.4, **look)
-            words.append(f"{name}: " + ", ".join(f"{y:.4g} at {x:g}" for x, y in means))
+            axis.plot(*zip(*means, strict=True), label=line, linewidth=1.4, **look)
+            words.append(f"{line}: " + ", ".join(f"{y:.4g} at {x:g}" for x, y in means))
         for x in sorted({x for x, y, _ in points if y is None}):
             axis.plot([x], [0.97], "x", color=look["color"], transform=axis.get_xaxis_transform(), markersize=7)
         for x in sorted({x for x, y, mark in points if mark and y is not None}):
@@ -400,4 +404,4 @@ def _u_curve(path: str, lines: dict[str, list[tuple[float, float | None, str]]],
     axis.set_ylabel(f"{metric.split} {metric.name}")
     _legend(figure, axis)
     alt = f"{metric.label} over {path}; a cross on top is a run without a number. {'; '.join(words)}."
-    return _drawing(figure, f"u-curve-{path.rsplit('.', 1)[-1]}", f"{metric.name} over {path}", alt)
+    return _drawing(figure, f"u-curve-{name}", f"{metric.name} over {path}", alt)
