@@ -7,8 +7,8 @@
 Both back-ends of an op, `tpu` and `xla`, are compiled whole by the real compiler for a device that is not there, forward and
 forward + backward (the derivative at a cotangent of o), at B = 2, T = 16384, H = 16, K = V = 128. A bundle is what a TPU core
 issues in one cycle at best. Every bundle is counted as often as it is issued: times the trips of its loop, and of the scan
-around it; predicated regions as if always entered. Not counted are the program that starts the others, and copies that the DMA
-engine makes alone.
+around it; predicated regions as if always entered, the last branch of a loop and what is issued behind it but once. Not counted
+are the program that starts the others, and copies that the DMA engine makes alone.
 
 Counts are no times. Waiting for memory is not in them, of which plain JAX, whose chunks' products and states pass through HBM,
 has more to do: `temporary MiB` is the HBM that a compiled program takes beside its arguments and results.
@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ empty, and whether it is.
 """
 EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 LAUNCHED = ('"window_config":{', "tpu_custom_call")
-"""Marks of instructions that are programs of their own."""
+"""Marks of instructions that are programs of their own; some have none."""
 
 
 def issued(dump: str) -> int:
@@ -73,8 +73,9 @@ def issued(dump: str) -> int:
     return counts[0]
 
 
-def executions(hlo: str) -> dict[str, tuple[int, str]]:
-    """How often each instruction of a compiled module is run, by its name, and what it is, names left out.
+def executions(hlo: str, dumped: Collection[str] = ()) -> dict[str, tuple[int, str]]:
+    """How often each program of a compiled module is run, by its instruction's name, and what it is, names left out. Programs
+    are what was `dumped`, and what bears their marks: of those that are the same only one is.
 
     Raises:
       ValueError: a loop whose trips are not a constant in its condition.
@@ -94,7 +95,7 @@ def executions(hlo: str) -> dict[str, tuple[int, str]]:
                 if len(bounds) != 1:
                     raise ValueError(f"no constant number of trips in {loop[1]}")
                 walk(loop[2], times * int(bounds[0]))
-            elif any(mark in line for mark in LAUNCHED):
+            elif name[1] in dumped or any(mark in line for mark in LAUNCHED):
                 inner = re.search(r"calls=%([^\s,]+)", line)
                 found[name[1]] = (
                     times,
@@ -117,7 +118,7 @@ def total(hlo: str, dumps: Path) -> dict[str, int]:
       SystemExit: a program of the module was not dumped.
     """
     files = {re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", path.name): path for path in dumps.glob("*-final_bundles.txt")}
-    runs = executions(hlo)
+    runs = executions(hlo, files)
     known = {what: issued(files[name].read_text()) for name, (_, what) in runs.items() if name in files}
     if missing := [name for name, (_, what) in runs.items() if what not in known]:
         raise SystemExit(f"error: the compiler left no bundles of {', '.join(missing)} in {dumps}")
@@ -164,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     dumps = Path(tempfile.mkdtemp()) / "llo"
     # Read once, when libtpu starts: before JAX is imported.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
-    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true"
+    # Only the last passes: the text of all of them takes longer than compiling.
+    wanted = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dumps} {wanted}"
     from jax.experimental import topologies
 
     rows = []
