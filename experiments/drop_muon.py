@@ -18,7 +18,7 @@ Drop-Muon needs for its steps: if its shorter schedule is as good, skipping laye
 The image network is the paper's setting in small: scikit-learn's digits (pip install 'strata-lm[images]'), three convolutions,
 `optim` used directly; test accuracy stands beside training accuracy. How soon 99 % are reached depends on the rate, of which
 the last loss tells nothing there, so that tuning would give two arms unlike rates by chance: they are compared at equal ones, a
-low one and one at which both were the soonest on a seed of its own.
+low one and one at which both are sooner.
 
 Against the claim would count: Muon as fast to the same loss, or lower at equal work. Seconds are of updates alone and compare
 runs one at a time on a quiet machine (one slot).
@@ -36,7 +36,7 @@ DROP = {"optimizer.sampling": {"name": "drop_muon", "buckets": 4}}
 DEEP = {"distribution": "optimal", "smoothness": (1.0, 3.0, 6.0, 10.0)}
 """Cuts before the buckets in the shares 0.1, 0.2, 0.3 and 0.4: the form for an optimal draw gives any that grows with depth."""
 IMAGE_RATES = {"low rate": 0.02, "high rate": 0.16}
-"""At `laptop`; `paper` has its 0.1 as the high one."""
+"""At `paper` its 0.1 is the high one."""
 LAYERS, BUCKETS = 8, 4
 STEPS = {"smoke": 12, "laptop": 400, "gpu": 800, "paper": 5000}
 CEILING = 3 / (1 + (BUCKETS + 1) / BUCKETS - (BUCKETS - 1) / (BUCKETS * LAYERS))

@@ -14,7 +14,7 @@ Part 1 is the paper's toy, the bigram river valley [R for the claim, its form is
 a Markov chain. Symbols with one successor are flat directions (the river, progress is the sum of rates), uncertain ones sharp
 (the hill, height follows the rate). Its floor is the entropy rate, losses are exact expectations and not samples, and the peak
 rate of every schedule is tuned on other seeds. Part 2 is the trainer on text; there as well the rates of what is compared are
-tuned to the last loss, on three seeds: on one alone 1e-2 wins, which is worse than 3e-3 on most.
+tuned to the last loss, on three seeds: the first alone would take 1e-2, worse on the others.
 
 `updates` counts what all budgets together cost. WSD and its decays share a trunk, so a WSD checkpoint is that of a run of its
 own: WSD costs T3 + D1 + D2 updates, and "WSD, equal compute" ends at a T3 that makes the total that of WSD-S. "cosine, each

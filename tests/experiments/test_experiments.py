@@ -155,7 +155,7 @@ def measured(function, arguments, directory):
     return {row["step"]: row for row in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())}
 
 
-def test_the_image_network_learns_and_a_run_that_drops_layers_still_scores_the_whole_network(tmp_path):
+def test_the_image_network_learns_with_and_without_dropped_layers(tmp_path):
     pytest.importorskip("sklearn", reason="the image network needs scikit-learn")
     arms = {arm.name: arm for arm in read(str(FILES["drop_muon"])).experiment.arms if arm.name.startswith("images: ")}
     small = {"channels": [4, 8, 8], "batch": 64, "every": 6, "steps": 18}

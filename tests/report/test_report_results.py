@@ -247,19 +247,23 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
     assert report.arms[1].chosen == "learning_rate=0.5" and report.verdicts[0].word == REPRODUCED
 
 
-def test_a_choice_of_tuning_by_less_than_seeds_differ_is_said(planted, make_experiment):
-    tune = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100])
+@pytest.mark.parametrize("seeds", [[100], [100, 101, 102]])
+def test_a_choice_of_tuning_by_less_than_seeds_differ_is_said(planted, make_experiment, seeds):
+    """Of several seeds the lead by seed counts: that all points are higher on one of them says nothing about them."""
+    tune = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=seeds)
     found = make_experiment(arms=[Arm("a"), Arm("b", tune=tune)])
     spread = 0.1  # between neighbouring seeds
     for lead, said in ((0.5, False), (0.01, True)):
         for run in planted.plan(found).runs:
-            planted.write(run, [4.0, 2.0 + lead * (run.point.endswith("0.1"))])
+            level = 2.0 + 3 * (run.seed - 100)
+            by_seed = lead + 0.1 * (run.seed - 101) * (len(seeds) > 1)
+            planted.write(run, [9.0, level + by_seed * run.point.endswith("0.1")])
         for run in planted.plan(found).runs:
             if run.stage == "compare":
                 planted.write(run, [4.0, 1.0 + spread * run.seed])
         warnings = report_of(planted, planted.plan(found)).warnings
         shown = [warning for warning in warnings if "tuning preferred its point by less than seeds differ" in warning]
-        assert bool(shown) == said and all("b by 0.01 of 0." in warning for warning in shown)
+        assert bool(shown) == said and all("b by 0.01, standard error 0." in warning for warning in shown)
 
 
 def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, make_experiment):

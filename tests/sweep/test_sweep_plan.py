@@ -297,6 +297,31 @@ def test_an_arm_that_starts_from_a_tuned_one_waits_for_the_choice_and_gets_the_r
         assert teacher(of["pupil", seed]) == of["student", seed].directory
 
 
+def test_arms_that_wait_for_a_choice_are_checked_and_costed_before_it(place):
+    from trainer.sweep.cost import describe_cost
+    from trainer.sweep.place import Place
+
+    donor, student = Arm("donor", tune=TUNING, minutes={"smoke": 2.0}), {"train.teacher.run": RunOf("donor"), RATE: 0.5}
+    found = plan(experiment(arms=[donor, Arm("student", student, minutes={"smoke": 0.25})]))
+    assert {run.arm for run in found.waiting} == {"student"} and len(found.waiting) == 2
+    cost = describe_cost(found, Place("nowhere", "x-smoke"), 1)[-1]
+    assert "about 8.5 min in 1 slot (6 by what the file expects" in cost, cost  # two of tuning and two of the donor, two others
+    twice = [donor, Arm("student", student), Arm("again", student)]
+    with pytest.raises(ConfigError, match="arms 'student' and 'again'"):
+        plan(experiment(arms=twice))
+    unseen = Claim(statement="s", source="x", arm="student", against="donor", rule=Rule(), metric=Metric(at=999))
+    with pytest.raises(ConfigError, match="reads step 999 of arm"):
+        plan(experiment(arms=[donor, Arm("student", student)], claims=[unseen]))
+
+
+def test_a_mistake_in_an_arm_that_others_start_from_is_said_once(place):
+    for tune in (None, TUNING):
+        arms = [Arm("student", {"train.teacher.run": RunOf("donor")}), Arm("donor", {"model.layerz": 1}, tune=tune)]
+        with pytest.raises(ConfigError, match="unknown field; did you mean model.layers") as caught:
+            plan(experiment(arms=arms))
+        assert len(caught.value.problems) == 1 and "student" not in str(caught.value)
+
+
 def test_a_tuned_arm_tries_its_points_on_the_chosen_tuning_run_of_the_arm_that_it_starts_from(place):
     arms = [Arm("student", {"train.teacher.run": RunOf("donor"), "model.layers": 1}, tune=TUNING), Arm("donor", tune=TUNING)]
     before = plan(experiment(arms=arms))

@@ -14,6 +14,7 @@ from trainer.report.results import Record, Results
 from trainer.report.statistics import Summary
 from trainer.report.verdicts import Evidence, Verdict, decide
 from trainer.sweep.experiment import Claim, Metric, Rule
+from trainer.sweep.needs import needed
 from trainer.sweep.outcome import OVER
 
 
@@ -72,7 +73,7 @@ def _arm(results: Results, name: str, control: str, metrics: list[Metric]) -> Ar
     return ArmRow(
         name=name,
         control=control,
-        planned=len(records) or (len(results.seeds) if any(choice.arm == name for choice in results.choices) else 0),
+        planned=len(records) or (len(results.seeds) if results.later else 0),
         states=dict(Counter(record.state for record in records)),
         summaries=summaries,
         values=values,
@@ -120,7 +121,10 @@ def _untuned(results: Results, names: tuple[str, str]) -> tuple[str, ...]:
     """Arms of a claim that are not tuned, in an experiment that tunes others or, at another scale, these."""
     if all(arm.tune is None for arm in results.arms):
         return ()
-    return tuple(arm.name for arm in results.arms if arm.name in names and not (arm.tune and arm.tune.at(results.scale)))
+    tuned = {arm.name for arm in results.arms if arm.tune and arm.tune.at(results.scale)}
+    # A measurement of a tuned arm has what was tuned.
+    tuned |= {arm.name for arm in results.arms if arm.measure and (donors := needed(arm)) and tuned.issuperset(donors)}
+    return tuple(arm.name for arm in results.arms if arm.name in names and arm.name not in tuned)
 
 
 def _improvement(rule: Rule, sign: int, own: tuple[float, bool], other: tuple[float, bool]) -> float:
@@ -182,7 +186,7 @@ def _warnings(results: Results) -> list[str]:
 
 def _close_tuning(results: Results) -> str:
     """Arms whose chosen point leads the next one by less than the standard error of that lead: by seed where tuning had
-    several, else by how the runs of the comparison differ.
+    several; of one seed it is not known, and how runs of the comparison differ stands for it.
     """
     shown = []
     for choice in results.choices:
@@ -198,8 +202,8 @@ def _close_tuning(results: Results) -> str:
         lead = min(leads, key=lambda lead: abs(fmean(lead)))
         error = stdev(lead) / math.sqrt(len(lead)) if len(lead) > 1 else stdev(values)
         if abs(fmean(lead)) < error:
-            shown.append(f"{choice.arm} by {abs(fmean(lead)):.2g} of {error:.2g}")
-    return ", ".join(shown)
+            shown.append(f"{choice.arm} by {abs(fmean(lead)):.2g}, standard error {error:.2g}")
+    return "; ".join(shown)
 
 
 def _uneven_evaluations(results: Results) -> list[str]:
@@ -221,7 +225,7 @@ def _parts_left(results: Results) -> str:
     """Which parts the missing runs are of, where another part has been run whole."""
     parts = {arm.name: arm.part for arm in results.arms}
     waiting = {record.arm for record in results.unfinished}
-    waiting |= {choice.arm for choice in results.choices if choice.chosen is None}
+    waiting |= {arm.name for arm in results.arms if results.later and not results.of(arm.name)}
     left = sorted({parts[arm] for arm in waiting if arm in parts})
     return f", all of part {' and '.join(map(str, left))}" if left and set(left) < set(parts.values()) else ""
 

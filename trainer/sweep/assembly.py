@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> No
       variables: of the environment of a run.
 
     Raises:
-      ConfigError: with every problem, each said once with the arms it is in.
+      ConfigError: with every module that is missing, else with every problem of assembling, each said once with its arms.
       StrataError: the process that assembles ended without an answer.
     """
-    if problems := list(_missing_modules(plan, place)):
-        raise ConfigError(problems, f"{plan.source.path} at scale {plan.scale_name}")
+    if missing := missing_modules(plan, place):
+        raise ConfigError(missing, f"{plan.source.path} at scale {plan.scale_name}")
     chosen = unbegun(plan, place)
     if not chosen:
         return
@@ -69,12 +69,24 @@ def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> No
     print(f"assembled in {time.monotonic() - began:.1f} s", flush=True)
 
 
-def _missing_modules(plan: Plan, place: Place) -> Iterator[Problem]:
+def missing_modules(plan: Plan, place: Place) -> list[Problem]:
+    """Modules that arms with runs to come say they need, and that are not installed: each said once."""
+    names: dict[str, list[str]] = {}
     for arm in plan.arms:
-        missing = {module: how for module, how in arm.requires.items() if importlib.util.find_spec(module) is None}
-        if missing and not all(outcome(place.directory(run), run.steps).ended for run in plan.runs if run.arm == arm.name):
-            message = "; ".join(f"needs the module {module}: {how}" for module, how in missing.items())
-            yield Problem(f"arm {arm.name!r}", message, has_value=False)
+        missing = [f"{module}: {how}" for module, how in arm.requires.items() if not _installed(module)]
+        ahead = any(run.arm == arm.name for run in plan.waiting) or any(
+            not outcome(place.directory(run), run.steps).ended for run in plan.runs if run.arm == arm.name
+        )
+        for words in missing if ahead else ():
+            names.setdefault(words, []).append(f"arm {arm.name!r}")
+    return [Problem(f"the module {words}", f"needed by {', '.join(arms)}", has_value=False) for words, arms in names.items()]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it is in
+        return False
 
 
 def without_devices(plan: Plan) -> dict[str, str]:
@@ -88,7 +100,7 @@ def unbegun(plan: Plan, place: Place) -> list[Run]:
     """One run of each program that no run has begun with: what ran once can be assembled."""
     first: dict[str, Run] = {}
     begun: set[str] = set()
-    for run in [run for run in plan.distinct if run.kind == "train"]:
+    for run in [run for run in (*plan.distinct, *plan.waiting) if run.kind == "train"]:
         found = outcome(place.directory(run), run.steps)
         if found.step or found.ended or found.state == "running":
             begun.add(program(run))

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,8 @@ def dry_run(plan: Plan, place: Place, slots: int) -> int:
     for choice in plan.choices:
         if choice.chosen is None:
             print(f"  {choice.arm}: its comparison runs take the best of {', '.join(choice.means)}")
+    for arm, count in Counter(run.arm for run in plan.waiting).items():
+        print(f"  {arm}: {count} runs start from one that tuning is to choose")
     for claim in plan.claims:
         print(f"claim: {claim.statement} [{claim.source}]\n  decided by: {claim.rule}")
     if any(run.kind == "train" for run in plan.runs):

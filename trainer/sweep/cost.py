@@ -69,9 +69,15 @@ def _time(plan: Plan, place: Place, todo: Iterable[tuple[Run, float]], slots: in
             total, stated = total + share * 60 * minutes_each, stated + 1
         else:
             unknown += 1
-    waiting = [expected[choice.arm] for choice in plan.choices if choice.chosen is None]
-    if plan.later and None not in waiting:  # as many runs of each arm that tuning decides
-        total, stated = total + 60 * sum(waiting) * plan.later / len(waiting), stated + plan.later
+    undecided = [expected[choice.arm] for choice in plan.choices if choice.chosen is None]
+    if undecided and None not in undecided:  # as many comparison runs of each arm that tuning decides
+        count = plan.later - len(plan.waiting)
+        total, stated = total + 60 * sum(undecided) * count / len(undecided), stated + count
+    for minutes_each in (expected[run.arm] for run in plan.waiting):
+        if minutes_each is None:
+            unknown += 1
+        else:
+            total, stated = total + 60 * minutes_each, stated + 1
     words = []
     words += [f"{measured} by steps measured in {place.runs}"] if measured else []
     words += [f"{stated} by what the file expects of a run"] if stated else []
@@ -105,7 +111,7 @@ def describe_work(plan: Plan) -> list[str]:
 
     found: dict[str, tuple[float, str]] = {}
     assumed = plan.scale.vocabulary
-    for run in plan.runs:
+    for run in [*plan.runs, *plan.waiting]:
         if run.kind != "train" or run.group in found:
             continue
         try:
@@ -119,7 +125,7 @@ def describe_work(plan: Plan) -> list[str]:
     where = f" (a vocabulary of {assumed:,} where the data is not here)" if assumed else ""
     lines, total, hours = [f"work, forward and backward, by arm{where}:"], 0.0, 0.0
     seen: set[tuple[str, str]] = set()
-    for run in plan.distinct:
+    for run in [*plan.distinct, *plan.waiting]:
         if run.group not in found:
             continue
         flops, note = found[run.group]

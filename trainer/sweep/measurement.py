@@ -82,11 +82,11 @@ def check_function(target: str, arguments: Mapping[str, Any]) -> None:
     if function not in defined:
         raise ConfigError(f"{where}: {spec.origin} defines {', '.join(defined) or 'no function'}")
     taken = defined[function]
-    positional = [each.arg for each in taken.posonlyargs + taken.args][1:]  # the first one is the run
+    run, *positional = [each.arg for each in taken.posonlyargs + taken.args] or [""]  # the first one is the measurement
     needed = positional[: len(positional) - len(taken.defaults)]
     needed += [each.arg for each, default in zip(taken.kwonlyargs, taken.kw_defaults, strict=True) if default is None]
     known = positional + [each.arg for each in taken.kwonlyargs]
-    unknown = [] if taken.kwarg else [name for name in arguments if name not in known]
+    unknown = [name for name in arguments if name == run or not (taken.kwarg or name in known)]
     if unknown:
         raise ConfigError(f"{where}: it takes {', '.join(known) or 'no arguments'}, not {', '.join(unknown)}")
     if missing := [name for name in needed if name not in arguments]:

@@ -64,7 +64,11 @@ def problems(arms: Sequence[Arm]) -> Iterator[Problem]:
 
 def _tuned_alike(arm: Arm, other: Arm) -> bool:
     """Whether another arm has tuning runs wherever a tuned arm has them."""
-    if other.tune is None or not set(read_seeds(arm.tune.seeds)) <= set(read_seeds(other.tune.seeds)):
+    try:
+        alike = other.tune is not None and set(read_seeds(arm.tune.seeds)) <= set(read_seeds(other.tune.seeds))
+    except ConfigError:
+        return True  # seeds that are none are said of the arm that has them
+    if not alike:
         return False
     return other.tune.scales is None or (arm.tune.scales is not None and set(arm.tune.scales) <= set(other.tune.scales))
 

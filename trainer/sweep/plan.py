@@ -80,11 +80,14 @@ class Plan:
     source: Source
     scale_name: str
     runs: tuple[Run, ...]
-    later: int  # runs whose config is chosen by tuning runs that have not ended
+    later: int  # runs whose config is chosen by tuning runs that have not ended, those of `waiting` among them
     choices: tuple[Choice, ...]
     notes: tuple[str, ...]
     changes: tuple[tuple[str, str], ...] = ()  # from the command line, over all arms
     only: tuple[str, ...] | None = None  # names of the arms asked for; None: all
+    waiting: tuple[
+        Run, ...
+    ] = ()  # from a run that tuning is to choose, with a stand-in for it: checked and costed, not started
 
     @property
     def distinct(self) -> list[Run]:
@@ -167,10 +170,14 @@ def make_plan(
         raise ConfigError(f"{experiment.name} runs no arm at scale {scale_name}, so the sweep would be empty")
     missing: dict[tuple[str, str, str], tuple[Problem, list[str]]] = {}
     runs: list[tuple[tuple[int, ...], Run]] = []
-    choices, notes, later = [], {}, 0
+    choices, notes, later, waiting = [], {}, 0, []
     order, directories = {arm.name: index for index, arm in enumerate(arms)}, {}
-    undecided: set[str] = set()  # arms whose runs wait for the tuning of one; others are checked with a stand-in for theirs
+    undecided: set[str] = set()  # arms whose runs wait for the tuning of one; a stand-in has their place in `directories`
+    wrong: set[str] = set()  # arms with mistakes, and those that start from them
     for arm in needs.in_order(arms):
+        if not wrong.isdisjoint(needs.needed(arm)):
+            wrong.add(arm.name)
+            continue
         index = order[arm.name]
         seeds = read_seeds(arm.seeds if arm.seeds is not None else scale.seeds)
         waits = not undecided.isdisjoint(needs.needed(arm))
@@ -180,13 +187,15 @@ def make_plan(
             if arm.tune is not None and arm.tune.at(scale_name):
                 tuning_seeds = read_seeds(arm.tune.seeds)
                 tuning = [run for point in arm.tune.space for run in make(point, tuning_seeds, "tune")]
-                if not waits:
+                if waits:
+                    waiting += tuning
+                else:
                     runs += [((arm.part, 0, i % len(tuning_seeds), index, i), run) for i, run in enumerate(tuning)]
                 choice, chosen = _choose(arm, experiment, tuning, None if waits else score)
                 choices.append(choice)
                 if chosen is None:
                     made = [make(point, seeds[:1], "compare")[0] for point in arm.tune.space]  # any of them may be chosen
-                    later += len(seeds) + waits * len(tuning)
+                    later += len(seeds)
                     undecided.add(arm.name)
                     directories |= {(arm.name, seed): f"{runs_at}/{made[0].directory}" for seed in [*tuning_seeds, *seeds]}
                     continue
@@ -196,12 +205,13 @@ def make_plan(
             made = make(comparing, seeds, "compare")
             directories |= {(arm.name, run.seed): f"{runs_at}/{run.directory}" for run in made}
             if waits:
-                later += len(seeds)
+                waiting += made
                 undecided.add(arm.name)
                 continue
             # Seeds come before arms: whenever a sweep is stopped, its arms have been run on nearly the same seeds.
             runs += [((arm.part, 1, i, index, 0), run) for i, run in enumerate(made)]
         except ConfigError as error:
+            wrong.add(arm.name)
             for problem in error.problems:
                 key = (problem.path, problem.message, repr(problem.value))
                 missing.setdefault(key, (problem, []))[1].append(arm.name)
@@ -211,11 +221,12 @@ def make_plan(
             f"{source.path} at scale {scale_name}",
         )
     ordered = tuple(run for _, run in sorted(runs, key=lambda item: item[0]))
-    if unseen := _unseen_steps(experiment, scale_name, ordered):
+    if unseen := _unseen_steps(experiment, scale_name, [*ordered, *waiting]):
         raise ConfigError(unseen, f"{source.path} at scale {scale_name}")
-    said = [f"{note} ({_listed(names)})" for note, names in notes.items()] + _refuse_equal(ordered)
-    kept = tuple(only) if only is not None else None
-    return Plan(source, scale_name, ordered, later, tuple(choices), tuple(said), tuple(changes), kept)
+    equal = _refuse_equal([*ordered, *(run for run in waiting if not run.point)])
+    said = [f"{note} ({_listed(names)})" for note, names in notes.items()] + equal
+    kept, later = tuple(only) if only is not None else None, later + len(waiting)
+    return Plan(source, scale_name, ordered, later, tuple(choices), tuple(said), tuple(changes), kept, tuple(waiting))
 
 
 def _choose(
