@@ -100,6 +100,19 @@ def test_numbers_over_layers_are_drawn_as_heat_maps_and_a_grid_of_rates_as_a_u_c
     assert "1 at 0.01" in u_curve.alt and "0.3" not in u_curve.alt.replace("0.3,", "")
 
 
+def test_a_heat_map_is_of_the_seeds_with_the_most_rows_and_not_of_what_is_the_same_everywhere(planted, make_experiment):
+    plan = planted.plan(make_experiment(claims=[]))
+    for run in plan.runs:
+        directory = planted.write(run, [4.0, 3.0])
+        with (directory / "metrics.jsonl").open("a") as file:
+            for step in (1, 2) if run.seed == 0 else (2,):
+                rates = {"rate": [1.0 + step, 2.0], "gain": [1.0, 1.0]}
+                file.write(json.dumps({"step": step, "split": "diagnostics", "multipliers": rates}) + "\n")
+    drawings = {drawing.name: drawing.svg for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    assert "a (1 of 5 seeds)" in drawings["heat-diagnostics-multipliers-rate"]
+    assert "heat-diagnostics-multipliers-gain" not in drawings
+
+
 def test_rates_of_measurements_and_of_training_are_drawn_apart(planted, make_experiment):
     grids = {"": axis(RATE, [0.001, 0.01]), "toy": axis("learning_rate", [8.0, 16.0])}
     how = {"measure": "experiments.drop_muon:digits"}  # is never called here

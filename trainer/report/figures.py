@@ -285,18 +285,24 @@ def _layout(name: str) -> Layout:
 
 
 def _heat_maps(results: Results) -> list[Drawing]:
-    """Layer x step of every number that rows hold over layers, such as rates, one panel an arm, mean over seeds."""
+    """Layer x step of every number that rows hold over layers, such as rates, one panel an arm, mean over the seeds whose rows
+    hold it most often. None of what is the same everywhere.
+    """
     panels: dict[tuple[str, str], dict[str, tuple[list[int], np.ndarray]]] = {}
     for arm in results.arms:
         runs = [_arrays(record) for record in _with_curve(results, arm.name)]
         for key in dict.fromkeys(key for run in runs for key in run):
             tables = [dict(run[key]) for run in runs if key in run]
+            most = max(map(len, tables))
+            tables = [table for table in tables if len(table) == most]
             steps = sorted(set.intersection(*(set(table) for table in tables)))
             widths = {len(table[step]) for table in tables for step in steps}
             if len(steps) > 1 and len(widths) == 1:
                 mean = np.mean([[table[step] for step in steps] for table in tables], axis=0)
-                panels.setdefault(key, {})[arm.name] = (steps, mean.T)
-    return [_heat_map(split, name, arms) for (split, name), arms in panels.items()]
+                title = arm.name if len(tables) == len(runs) else f"{arm.name} ({len(tables)} of {len(runs)} seeds)"
+                panels.setdefault(key, {})[title] = (steps, mean.T)
+    varied = {key: arms for key, arms in panels.items() if len({x for _, table in arms.values() for x in table.flat}) > 1}
+    return [_heat_map(split, name, arms) for (split, name), arms in varied.items()]
 
 
 def _heat_map(split: str, name: str, arms: dict[str, tuple[list[int], np.ndarray]]) -> Drawing:

@@ -320,7 +320,7 @@ def _foreign_configs(records: Sequence[Record]) -> list[str]:
         if there is None or there == record.config:
             continue
         for key in sorted(_flat_difference(record.config, there)):
-            if not key.startswith(("log.", "checkpoint.", "plugins")):
+            if not key.startswith(("log.", "checkpoint.", "diagnostics.", "plugins")):
                 notes[key] = notes.get(key, 0) + 1
     return [f"{count} runs were made with another {key} than planned" for key, count in notes.items()]
 
