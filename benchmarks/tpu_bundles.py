@@ -7,8 +7,9 @@
 Both back-ends of an op, `tpu` and `xla`, are compiled whole by the real compiler for a device that is not there, forward and
 forward + backward (the derivative at a cotangent of o), at B = 2, T = 16384, H = 16, K = V = 128. A bundle is what a TPU core
 issues in one cycle at best. Every bundle is counted as often as it is issued: times the trips of its loop, and of the scan
-around it; predicated regions as if always entered, the last branch of a loop and what is issued behind it but once. Not counted
-are the program that starts the others, and copies that the DMA engine makes alone.
+around it; predicated regions as if always entered. But once are counted the last branch of a loop, what is issued behind it, and
+loops within loops whose trips a program computes as it runs (short ones that begin copies or set memory to zero, in `xla` alone).
+Not counted are the program that starts the others, and copies that the DMA engine makes alone.
 
 Counts are no times. Waiting for memory is not in them, of which plain JAX, whose chunks' products and states pass through HBM,
 has more to do: `temporary MiB` is the HBM that a compiled program takes beside its arguments and results.
@@ -46,13 +47,13 @@ def issued(dump: str) -> int:
     """Bundles that a program issues, from its final bundles as the compiler dumps them.
 
     Raises:
-      ValueError: the trips of a loop are not in the dump.
+      ValueError: the trips of an outermost loop are not in the dump.
     """
     counts, trips = [0], [1]  # of the program, and of each open loop: bundles a trip, trips
 
     def close(depth: int) -> None:
         while len(counts) > depth + 1:
-            if not (times := trips.pop()):
+            if not (times := trips.pop() or len(trips) > 1):
                 raise ValueError("a loop in the dump does not say how often it is run")
             inner = counts.pop()
             counts[-1] += times * inner

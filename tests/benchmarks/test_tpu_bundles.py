@@ -69,7 +69,8 @@ def test_a_bundle_counts_as_often_as_its_loop_is_run():
     assert tpu_bundles.issued(program(INNER)) == before_and_behind + 10 * (a_trip + 4 * 2)
 
 
-def test_a_loop_that_does_not_say_how_often_it_is_run_is_refused():
+def test_a_loop_that_does_not_say_how_often_it_is_run_counts_once_within_another_and_is_refused_elsewhere():
+    assert tpu_bundles.issued(program(INNER.replace("loop exit test", ""))) == 2 + 3 + 10 * (5 + 2)
     with pytest.raises(ValueError, match="how often"):
         tpu_bundles.issued(program().replace("loop exit test", ""))
 
