@@ -7,9 +7,9 @@
 Both back-ends of an op, `tpu` and `xla`, are compiled whole by the real compiler for a device that is not there, forward and
 forward + backward (the derivative at a cotangent of o), at B = 2, T = 16384, H = 16, K = V = 128. A bundle is what a TPU core
 issues in one cycle at best. Every bundle is counted as often as it is issued: times the trips of its loop, and of the scan
-around it; predicated regions as if always entered. But once are counted the last branch of a loop, what is issued behind it, and
-loops within loops whose trips a program computes as it runs (short ones that begin copies or set memory to zero, in `xla` alone).
-Not counted are the program that starts the others, and copies that the DMA engine makes alone.
+around it; predicated regions as if always entered. But once are counted the last branch of a loop, what is issued behind it,
+and loops within loops whose trips a program computes as it runs: short ones that begin copies or set memory to zero. Not
+counted are the program that starts the others, and copies that the DMA engine makes alone.
 
 Counts are no times. Waiting for memory is not in them, of which plain JAX, whose chunks' products and states pass through HBM,
 has more to do: `temporary MiB` is the HBM that a compiled program takes beside its arguments and results.
