@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows
     ]
     columns = ("target", "op", "way", "M bundles, tpu", "xla", "ratio", "temporary MiB, tpu", "xla")
-    show(f"Scheduled bundles, issued once each: {options.dtype}, no times", columns, shown)
+    show(f"Scheduled bundles as often as they are issued, {options.dtype}; no times", columns, shown)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     shape = SHAPE | {"key_size": USUAL_SIZE, "value_size": USUAL_SIZE}
     result = {"versions": versions, "shape": shape, "dtype": options.dtype, "rows": rows}
