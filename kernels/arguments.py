@@ -61,7 +61,7 @@ class Call:
     device: str  # its name in tuning tables
     capability: str  # its compute capability; empty where there is none
     devices: int  # that XLA may split the call over; 1 within a `jax.shard_map` that has split it already
-    varies: bool  # within a `jax.shard_map` that checks how arrays vary over the mesh, where JAX refuses Pallas kernels
+    varies: bool  # an array does over the mesh, within a `jax.shard_map` that checks it: there JAX refuses Pallas kernels
 
     @property
     def group(self) -> int:

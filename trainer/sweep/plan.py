@@ -85,9 +85,7 @@ class Plan:
     notes: tuple[str, ...]
     changes: tuple[tuple[str, str], ...] = ()  # from the command line, over all arms
     only: tuple[str, ...] | None = None  # names of the arms asked for; None: all
-    waiting: tuple[
-        Run, ...
-    ] = ()  # from a run that tuning is to choose, with a stand-in for it: checked and costed, not started
+    waiting: tuple[Run, ...] = ()  # from a run that tuning is to choose, a stand-in in its place: checked and costed alone
 
     @property
     def distinct(self) -> list[Run]:
