@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from trainer.metrics.jsonl import MetricsWriter
+from trainer.report.analysis import analyse
 from trainer.report.cli import main
+from trainer.report.results import of_plan
 from trainer.sweep import Arm, Claim, Experiment, Metric, Rule, Scale
 from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan
@@ -76,6 +78,9 @@ def experiment(**changes):
 class Planted:
     """The directory of runs of an experiment whose runs are written, not made."""
 
+    better = {"a": [2.0, 2.1, 1.9, 2.05, 1.95], "b": [1.0, 1.2, 0.9, 1.0, 0.97]}
+    """Final losses by arm and seed: b is better by far."""
+
     def __init__(self, root: Path):
         (root / "small.py").write_text(CONFIG)
         (root / "planted.py").write_text(FILE)
@@ -111,6 +116,10 @@ class Planted:
             self.write(run, [4.0, (4.0 + end) / 2, end], **rest)
         self.place.write_plan(plan)
         return plan
+
+    def report(self, plan):
+        """Of the runs of a plan that were written so far."""
+        return analyse(of_plan(plan, self.place))
 
 
 @pytest.fixture

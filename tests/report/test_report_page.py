@@ -94,7 +94,7 @@ def test_numbers_over_layers_are_drawn_as_heat_maps_and_a_grid_of_rates_as_a_u_c
             planted.write(run, [4.0, 9.0], state="failed", message="Diverged: the loss is not finite")
         else:
             planted.write(run, [4.0, 3.0, 1.0 + abs(np.log10(rate) + 2)], arrays=True)
-    drawings = {drawing.name: drawing for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    drawings = {drawing.name: drawing for drawing in draw(planted.report(plan))}
     assert "heat-train-grad_norm_by_layer" in drawings and "image/png;base64" in drawings["heat-train-grad_norm_by_layer"].svg
     u_curve = drawings["u-curve-learning_rate"]
     assert "1 at 0.01" in u_curve.alt and "0.3" not in u_curve.alt.replace("0.3,", "")
@@ -108,7 +108,7 @@ def test_a_heat_map_is_of_the_seeds_with_the_most_rows_and_not_of_what_is_the_sa
             for step in (1, 2) if run.seed == 0 else (2,):
                 rates = {"rate": [1.0 + step, 2.0], "gain": [1.0, 1.0]}
                 file.write(json.dumps({"step": step, "split": "diagnostics", "multipliers": rates}) + "\n")
-    drawings = {drawing.name: drawing.svg for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    drawings = {drawing.name: drawing.svg for drawing in draw(planted.report(plan))}
     assert "a (1 of 5 seeds)" in drawings["heat-diagnostics-multipliers-rate"]
     assert "heat-diagnostics-multipliers-gain" not in drawings
 
@@ -122,7 +122,7 @@ def test_rates_of_measurements_and_of_training_are_drawn_apart(planted, make_exp
     plan = planted.plan(make_experiment(arms=arms, claims=[]))
     for run in plan.runs:
         planted.write(run, [4.0, 3.0, float(run.point.partition("=")[2])])
-    drawings = {drawing.name: drawing for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    drawings = {drawing.name: drawing for drawing in draw(planted.report(plan))}
     assert "8 at 8, 16 at 16" in drawings["u-curve-learning_rate"].alt
     assert "0.01 at 0.01" in drawings["u-curve-optimizer-direction-learning_rate"].alt
 
@@ -133,7 +133,7 @@ def test_arms_with_curves_have_colours_of_their_own_however_many_arms_have_none(
     plan = planted.plan(make_experiment(arms=arms, claims=[]))
     for run in plan.runs:
         planted.write(run, [4.0, 3.0, 2.0] if run.arm in "ai" else [2.0])
-    drawings = {drawing.name: drawing.svg for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    drawings = {drawing.name: drawing.svg for drawing in draw(planted.report(plan))}
     for name in ("curve-val-loss", "speed"):
         colours = re.findall(r'<path d="[^"]+"[^>]*style="[^"]*stroke: (#[0-9a-f]{6})', drawings[name])
         assert {"#0072b2", "#d55e00"} <= set(colours), name
@@ -141,7 +141,7 @@ def test_arms_with_curves_have_colours_of_their_own_however_many_arms_have_none(
 
 def test_quantiles_over_layers_are_drawn_as_a_heat_map_of_the_middle_one(planted):
     from trainer.metrics.jsonl import MetricsWriter
-    from trainer.report.figures import _arrays
+    from trainer.report.heat_maps import arrays
     from trainer.report.results import Results
 
     plan = planted.plan()
@@ -151,13 +151,13 @@ def test_quantiles_over_layers_are_drawn_as_a_heat_map_of_the_middle_one(planted
         with MetricsWriter(directory / "metrics.jsonl") as metrics:
             for step in (1, 2):
                 site = {"mixer.query": [[x and x / step for x in row] for row in spectra]}
-                found = {"momentum_spectrum": site, "ragged": [[1.0], [1.0, 2.0]], "one": [[1.0, 2.0]]}
-                metrics.write({"step": step, "split": "diagnostics", **found})
+                row = {"momentum_spectrum": site, "ragged": [[1.0], [1.0, 2.0]], "one": [[1.0, 2.0]]}
+                metrics.write({"step": step, "split": "diagnostics", **row})
     results = of_plan(plan, planted.place)
     assert isinstance(results, Results)
-    arrays = _arrays(results.records[0])
-    assert set(arrays) == {("diagnostics", "momentum_spectrum/mixer.query, middle quantile")}
-    (_, first), (_, second) = arrays["diagnostics", "momentum_spectrum/mixer.query, middle quantile"]
+    found = arrays(results.records[0])
+    assert set(found) == {("diagnostics", "momentum_spectrum/mixer.query, middle quantile")}
+    (_, first), (_, second) = found["diagnostics", "momentum_spectrum/mixer.query, middle quantile"]
     np.testing.assert_array_equal(first, [0.2, np.nan])
     np.testing.assert_array_equal(second, [0.1, np.nan])
     names = [drawing.name for drawing in draw(analyse(results))]
@@ -166,7 +166,7 @@ def test_quantiles_over_layers_are_drawn_as_a_heat_map_of_the_middle_one(planted
 
 def test_a_report_without_any_finished_run_is_made_all_the_same(planted, tmp_path):
     plan = planted.plan()
-    report = analyse(of_plan(plan, planted.place))
+    report = planted.report(plan)
     assert write(report, tmp_path / "none") == [] and "10 missing" not in (tmp_path / "none" / "report.md").read_text()
     assert "0 of 10 runs finished" in (tmp_path / "none" / "report.html").read_text()
 
@@ -178,7 +178,7 @@ def test_many_arms_and_long_names_are_drawn(planted, make_experiment):
     plan = planted.plan(found)
     for run in plan.runs:
         planted.write(run, [4.0, 3.0 + run.seed, 2.0 + run.seed], arrays=True)
-    drawings = draw(analyse(of_plan(plan, planted.place)))
+    drawings = draw(planted.report(plan))
     assert all(drawing.svg.startswith("<svg") and drawing.svg.rstrip().endswith("</svg>") for drawing in drawings)
     assert next(d for d in drawings if d.name == "curve-val-loss").svg.count("an arm with a rather long") == 10
 
@@ -189,7 +189,7 @@ def test_arms_of_another_task_are_drawn_apart(planted, make_experiment):
     plan = planted.plan(found)
     for run in plan.runs:
         planted.write(run, [4.0, 3.0, 2.0])
-    drawings = {drawing.name: drawing for drawing in draw(analyse(of_plan(plan, planted.place)))}
+    drawings = {drawing.name: drawing for drawing in draw(planted.report(plan))}
     for name in ("curve-val-loss", "speed"):
         assert "on text" not in drawings[name].svg and "on text: a" in drawings[f"{name}-on-text"].svg
         assert drawings[f"{name}-on-text"].title.startswith("on text: ")
@@ -228,7 +228,7 @@ def test_twenty_arms_leave_room_for_their_curves(planted, make_experiment):
         planted.write(run, [4.0, 3.0, 2.0 + run.seed])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Matplotlib warns where axes collapse
-        drawn = draw(analyse(of_plan(plan, planted.place)))
+        drawn = draw(planted.report(plan))
     heights = [
         float(re.search(r'height="([0-9.]+)pt"', drawing.svg).group(1)) for drawing in drawn if drawing.name.startswith("curve")
     ]

@@ -5,33 +5,29 @@ import json
 import pytest
 
 from trainer.report.analysis import analyse, to_json
-from trainer.report.results import code_version, of_plan, read_results
+from trainer.report.records import code_version
+from trainer.report.results import read_results
 from trainer.report.tables import machines, mixed_versions
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import read
 
 ENVIRONMENT = {"python": "3.11.7", "packages": {"jax": "0.10.2"}, "source": {"revision": "a" * 40, "diff": "", "untracked": []}}
-BETTER = {"a": [2.0, 2.1, 1.9, 2.05, 1.95], "b": [1.0, 1.2, 0.9, 1.0, 0.97]}
-
-
-def report_of(planted, plan):
-    return analyse(of_plan(plan, planted.place))
 
 
 def test_rules_that_were_changed_after_the_first_run_are_shown(planted, make_experiment):
-    plan = planted.write_all(BETTER)
+    plan = planted.write_all(planted.better)
     planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
-    assert not report_of(planted, plan).warnings
+    assert not planted.report(plan).warnings
     claim = Claim(statement="b beats a", source="[made up]", arm="b", against="a", rule=Rule(alpha=0.3), paper_effect=0.4)
-    changed = report_of(planted, planted.plan(make_experiment(claims=[claim])))
+    changed = planted.report(planted.plan(make_experiment(claims=[claim])))
     text = next(w for w in changed.warnings if "rules were changed after" in w)
     assert "alpha 0.3" in text and "alpha 0.05" in text
 
 
 def ended(planted, found):
     """A plan whose runs are there, whose rules stand in the ledger, and of which a run has ended."""
-    plan = planted.write_all(BETTER, found)
+    plan = planted.write_all(planted.better, found)
     planted.place.ledger.append("end", run=plan.runs[0].directory, outcome="finished", step=10)
     return plan
 
@@ -63,7 +59,7 @@ def test_whatever_of_a_claim_was_changed_after_the_first_run_is_named(planted, m
         return make_experiment(claims=[claim], **changes)
 
     ended(planted, of(**before))
-    said = [w for w in report_of(planted, planted.plan(of(**after))).warnings if "were changed after" in w]
+    said = [w for w in planted.report(planted.plan(of(**after))).warnings if "were changed after" in w]
     assert len(said) == (words is not None) and all(words in text for text in said)
 
 
@@ -77,7 +73,7 @@ def test_a_statement_about_other_arms_is_said_once_and_a_change_of_many_claims_t
         return make_experiment(arms=arms, claims=claims, scales={"smoke": Scale(seeds=seeds)})
 
     def said(now):
-        return next(w for w in report_of(planted, planted.plan(now)).warnings if "were changed after" in w)
+        return next(w for w in planted.report(planted.plan(now)).warnings if "were changed after" in w)
 
     plan = planted.plan(of("a", 5))
     planted.place.write_plan(plan)
@@ -99,14 +95,14 @@ def test_a_ledger_of_an_earlier_version_is_compared_by_what_it_has(planted, make
         for name in ("claim", "metrics", "seeds", "tuning"):
             del rule[name]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert not report_of(planted, planted.plan(make_experiment())).warnings
+    assert not planted.report(planted.plan(make_experiment())).warnings
     claim = Claim(statement="b beats a", source="x", arm="b", against="a", rule=Rule(alpha=0.3), paper_effect=0.4)
-    assert any("alpha 0.05" in w for w in report_of(planted, planted.plan(make_experiment(claims=[claim]))).warnings)
+    assert any("alpha 0.05" in w for w in planted.report(planted.plan(make_experiment(claims=[claim]))).warnings)
 
 
 def test_seeds_of_the_command_line_are_said(planted):
     plan = make_plan(read("planted.py", [("seed", "0,1,2,3,4,5")]), "smoke")
-    assert any("not by the file: --sweep.seed=0,1,2,3,4,5" in warning for warning in report_of(planted, plan).warnings)
+    assert any("not by the file: --sweep.seed=0,1,2,3,4,5" in warning for warning in planted.report(plan).warnings)
 
 
 def test_a_file_that_was_edited_after_the_first_start_is_said_of_the_file_too(planted):
@@ -122,14 +118,14 @@ def test_a_file_that_was_edited_after_the_first_start_is_said_of_the_file_too(pl
 
 
 def test_runs_of_another_code_version_are_shown_with_their_arms_and_pairs(planted):
-    plan = planted.write_all(BETTER)
+    plan = planted.write_all(planted.better)
     other = dict(
         python="3.11.7", packages={"jax": "0.10.2"}, devices={"kind": "cpu", "count": 1}, cpus=2,
         source={"revision": "b" * 40, "diff": "+x", "untracked": []},
     )  # fmt: skip
     for run in [run for run in plan.runs if run.arm == "b" and run.seed < 2]:
-        planted.write(run, [4.0, BETTER["b"][run.seed]], environment=other)
-    report = report_of(planted, plan)
+        planted.write(run, [4.0, planted.better["b"][run.seed]], environment=other)
+    report = planted.report(plan)
     warning = next(w for w in report.warnings if "code versions are mixed" in w)
     assert "aaaaaaaaaa" in warning and "bbbbbbbbbb with changes" in warning and "(b 2)" in warning
     assert "2 of 5 pairs were made by different code versions" in mixed_versions(report.verdicts[0], report)
@@ -142,12 +138,12 @@ def test_an_edited_file_that_git_does_not_track_is_another_version():
 
 
 def test_another_content_of_a_plugin_or_of_a_measurements_module_is_shown(planted):
-    plan = planted.write_all(BETTER, environment=ENVIRONMENT | {"modules": {"mine": "1" * 16}})
+    plan = planted.write_all(planted.better, environment=ENVIRONMENT | {"modules": {"mine": "1" * 16}})
     for run in [run for run in plan.runs if run.arm == "b" and run.seed < 2]:
-        planted.write(run, [4.0, BETTER["b"][run.seed]], environment=ENVIRONMENT | {"modules": {"mine": "2" * 16}})
+        planted.write(run, [4.0, planted.better["b"][run.seed]], environment=ENVIRONMENT | {"modules": {"mine": "2" * 16}})
     for run in [run for run in plan.runs if run.arm == "b" and run.seed == 2]:  # another module is no mixture
-        planted.write(run, [4.0, BETTER["b"][2]], environment=ENVIRONMENT | {"modules": {"other": "3" * 16}})
-    report = report_of(planted, plan)
+        planted.write(run, [4.0, planted.better["b"][2]], environment=ENVIRONMENT | {"modules": {"other": "3" * 16}})
+    report = planted.report(plan)
     assert "runs of 2 versions of the module mine are mixed: a, b with 111111; b with 222222" in report.warnings
     assert "2 of 5 pairs were made by different code" in mixed_versions(report.verdicts[0], report)
     assert ["module", "mine, digest 222222", "2"] in machines(report).rows

@@ -9,7 +9,7 @@ from strata import ConfigError
 from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
-from trainer.report.results import of_plan, read_results, seconds_at
+from trainer.report.results import read_results, seconds_at
 from trainer.report.tables import machines, verdict_facts
 from trainer.report.verdicts import NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale
@@ -17,32 +17,26 @@ from trainer.sweep.outcome import crossing, value
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import read
 
-BETTER = {"a": [2.0, 2.1, 1.9, 2.05, 1.95], "b": [1.0, 1.2, 0.9, 1.0, 0.97]}
-
-
-def report_of(planted, plan):
-    return analyse(of_plan(plan, planted.place))
-
 
 def test_a_planted_improvement_is_paired_by_seed_and_reproduced(planted):
-    report = report_of(planted, planted.write_all(BETTER))
+    report = planted.report(planted.write_all(planted.better))
     verdict = report.verdicts[0]
     assert verdict.word == REPRODUCED and report.finished and not report.warnings
-    assert verdict.evidence.improvements == pytest.approx(np.subtract(BETTER["a"], BETTER["b"]))
+    assert verdict.evidence.improvements == pytest.approx(np.subtract(planted.better["a"], planted.better["b"]))
     assert report.arms[0].summaries[0].mean == pytest.approx(2.0) and report.arms[0].states == {"finished": 5}
 
 
 def test_for_a_metric_that_grows_an_improvement_is_an_increase(planted, make_experiment):
     found = make_experiment(metric=Metric("accuracy", lower_is_better=False))
-    report = report_of(planted, planted.write_all(BETTER, found))
+    report = planted.report(planted.write_all(planted.better, found))
     assert report.verdicts[0].word == REPRODUCED and report.verdicts[0].summary.mean > 0
 
 
 def test_a_run_that_crashed_is_counted_and_in_no_mean(planted):
-    plan = planted.write_all(BETTER)
+    plan = planted.write_all(planted.better)
     crashed = next(run for run in plan.runs if run.arm == "b" and run.seed == 1)
     planted.write(crashed, [4.0, -1000.0], state="failed", message="StrataError: it broke")
-    report = report_of(planted, plan)
+    report = planted.report(plan)
     assert report.arms[1].summaries[0].mean == pytest.approx(np.mean([1.0, 0.9, 1.0, 0.97]))
     verdict = report.verdicts[0]
     assert verdict.evidence.seeds == (0, 2, 3, 4) and verdict.evidence.failed == 1 and verdict.word == REPRODUCED
@@ -50,26 +44,26 @@ def test_a_run_that_crashed_is_counted_and_in_no_mean(planted):
 
 
 def test_a_diverged_run_of_the_arm_ends_the_claim(planted):
-    plan = planted.write_all(BETTER)
+    plan = planted.write_all(planted.better)
     lost = next(run for run in plan.runs if run.arm == "b" and run.seed == 3)
     planted.write(lost, [4.0, 0.1], state="failed", message="Diverged: the loss is not finite")
-    report = report_of(planted, plan)
+    report = planted.report(plan)
     assert report.verdicts[0].word == NOT_REPRODUCED and "b seed 3 at step 2" in report.warnings[0]
     assert report.arms[1].states == {"finished": 4, "diverged": 1}
 
 
 def test_a_finished_run_without_a_finite_number_is_no_pair(planted):
-    plan = planted.write_all({"a": BETTER["a"], "b": [1.0, float("nan"), 0.9, 1.0, 0.97]})
-    report = report_of(planted, plan)
+    plan = planted.write_all({"a": planted.better["a"], "b": [1.0, float("nan"), 0.9, 1.0, 0.97]})
+    report = planted.report(plan)
     assert report.verdicts[0].evidence.seeds == (0, 2, 3, 4) and report.verdicts[0].evidence.failed == 1
 
 
 def test_an_unfinished_sweep_says_so_and_decides_nothing(planted, capsys):
     plan = planted.plan()
     for run in plan.runs[:7]:
-        planted.write(run, [4.0, BETTER[run.arm][run.seed]])
+        planted.write(run, [4.0, planted.better[run.arm][run.seed]])
     planted.place.write_plan(plan)
-    report = report_of(planted, plan)
+    report = planted.report(plan)
     assert report.verdicts[0].word == NO_VERDICT and not report.finished
     assert "not finished: 3 of 10 runs are still to end" in report.warnings[0]
     assert main([str(planted.place.path)]) == 0
@@ -87,14 +81,14 @@ def test_a_sweep_whose_second_part_was_not_run_says_so_and_decides_the_first(pla
     ]
     plan = planted.plan(make_experiment(arms=arms))
     for run in [run for run in plan.runs if run.arm != "c"]:
-        planted.write(run, [4.0, BETTER[run.arm][run.seed]])
-    report = report_of(planted, plan)
+        planted.write(run, [4.0, planted.better[run.arm][run.seed]])
+    report = planted.report(plan)
     assert report.verdicts[0].word == REPRODUCED and "5 of 15 runs are still to end, all of part 2" in report.warnings[0]
 
 
 def test_one_seed_gives_no_verdict(planted, make_experiment):
     found = make_experiment(scales={"smoke": Scale(seeds=1)})
-    report = report_of(planted, planted.write_all(BETTER, found))
+    report = planted.report(planted.write_all(planted.better, found))
     assert report.verdicts[0].word == NO_VERDICT and any("n = 1" in warning for warning in report.warnings)
 
 
@@ -108,14 +102,14 @@ def command_file(planted):
     """A sweep whose file was edited after its last start."""
     plan = planted.plan()
     for run in plan.runs:
-        planted.write(run, [3.0, BETTER[run.arm][run.seed]])
+        planted.write(run, [3.0, planted.better[run.arm][run.seed]])
     planted.place.write_plan(plan)
     path = planted.root / "planted.py"
     path.write_text(path.read_text().replace('Arm("a")', 'Arm("z")').replace('against="a"', 'against="z"'))
 
 
 def test_a_sweep_is_reported_from_anywhere_without_its_config_files(planted, tmp_path_factory, monkeypatch):
-    planted.write_all(BETTER)
+    planted.write_all(planted.better)
     (planted.root / "small.py").unlink()
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     results = read_results(str(planted.place.path))
@@ -124,12 +118,12 @@ def test_a_sweep_is_reported_from_anywhere_without_its_config_files(planted, tmp
 
 def test_changes_on_the_command_line_are_shown(planted):
     plan = make_plan(read("planted.py"), "smoke", changes=[("model.layers", "1")])
-    warnings = report_of(planted, plan).warnings
+    warnings = planted.report(plan).warnings
     assert "every run was changed on the command line: model.layers = 1" in warnings
 
 
 def test_a_directory_of_runs_is_grouped_by_what_differs_and_claims_nothing(planted):
-    planted.write_all(BETTER)
+    planted.write_all(planted.better)
     results = read_results("runs")
     assert sorted(arm.name for arm in results.arms) == ["small learning_rate=0.01", "small learning_rate=0.5"]
     assert len(results.records) == 10 and not analyse(results).verdicts
@@ -177,17 +171,17 @@ def test_steps_to_a_target_are_those_of_the_other_arm_at_the_same_seed(planted, 
     plan = planted.plan(found)
     for run in plan.runs:
         planted.write(run, [4.0, 3.0, 2.0] if run.arm == "a" else [4.0, 2.0 + run.seed / 100, 1.0])
-    report = report_of(planted, plan)
+    report = planted.report(plan)
     assert report.verdicts[0].evidence.improvements[0] == pytest.approx(1.0) and report.verdicts[0].word == REPRODUCED
 
 
 def test_an_improvement_of_a_logarithm_is_a_factor_and_no_share(planted, make_experiment):
     def shown(metric):
-        report = report_of(planted, planted.write_all(BETTER, make_experiment(metric=metric)))
+        report = planted.report(planted.write_all(planted.better, make_experiment(metric=metric)))
         return report, to_json(report)["claims"][0], dict(verdict_facts(report.verdicts[0], report))["improvement"]
 
     report, claim, words = shown(Metric("loss", log_base=2))
-    mean = np.mean(np.subtract(BETTER["a"], BETTER["b"]))
+    mean = np.mean(np.subtract(planted.better["a"], planted.better["b"]))
     assert claim["factor"] == pytest.approx(2**mean) and claim["relative"] is None
     assert f"(a factor of {2**mean:.4g})" in words and "%" not in words.partition(",")[0]
     _, claim, words = shown(Metric("loss"))
@@ -206,7 +200,7 @@ def test_the_base_of_a_logarithm_is_above_one(make_experiment):
 
 
 def test_the_machine_names_its_processor_where_the_run_does():
-    from trainer.report.results import machine
+    from trainer.report.records import machine
 
     known = {"devices": {"count": 1, "kind": "cpu"}, "cpus": 2, "packages": {"jax": "0.10.2"}, "python": "3.11.7"}
     assert machine(known) == "1 x cpu, 2 CPUs, jax 0.10.2, Python 3.11.7"  # of earlier versions
@@ -216,19 +210,19 @@ def test_the_machine_names_its_processor_where_the_run_does():
 
 def test_a_last_evaluation_of_other_data_is_said_where_steps_to_a_loss_are_compared(planted, make_experiment):
     for also, said in ((), False), ([Metric(kind="steps_to", target="a")], True):
-        plan = planted.write_all(BETTER, make_experiment(also=also))
+        plan = planted.write_all(planted.better, make_experiment(also=also))
         for run in plan.runs:
             path = planted.place.directory(run) / "metrics.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows = [row | {"tokens": 10 if row["step"] < 3 else 99} for row in rows]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert any("(10, 99 tokens)" in warning for warning in report_of(planted, plan).warnings) == said
+        assert any("(10, 99 tokens)" in warning for warning in planted.report(plan).warnings) == said
 
 
 def test_seconds_count_updates_alone(planted, make_experiment):
     found = make_experiment(also=[Metric("loss", kind="seconds_to", target=3.0)])
-    plan = planted.write_all(BETTER, found)
-    report = report_of(planted, plan)
+    plan = planted.write_all(planted.better, found)
+    report = planted.report(plan)
     assert report.arms[0].values[1][0] == pytest.approx(0.5 * (1 + 1.0))  # reached at step 2, half a second each
 
 
@@ -243,10 +237,10 @@ def test_seconds_count_updates_alone(planted, make_experiment):
     ],
 )
 def test_seconds_of_runs_that_ran_side_by_side_are_said_to_be_no_ones_own(planted, make_experiment, metric, slot, said):
-    plan = planted.write_all(BETTER, make_experiment(also=[metric]))
+    plan = planted.write_all(planted.better, make_experiment(also=[metric]))
     for index, run in enumerate(plan.runs):
         planted.place.ledger.append("start", run=run.directory, slot=slot if index else {"index": 0})
-    warnings = report_of(planted, plan).warnings
+    warnings = planted.report(plan).warnings
     assert any("runs shared the machine with others" in warning for warning in warnings) is said
 
 
@@ -264,11 +258,11 @@ def test_a_claim_about_measurements_names_the_tokens_of_what_they_looked_at(plan
     found = make_experiment(arms=arms_of, claims=[claim], also=[Metric("only_there")])
     plan = planted.plan(found)
     for run in plan.runs:
-        planted.write(run, [4.0, 3.0, BETTER[run.arm[-1]][run.seed]])
+        planted.write(run, [4.0, 3.0, planted.better[run.arm[-1]][run.seed]])
         if run.arm == "of b":
             file = planted.place.directory(run) / "metrics.jsonl"
             file.write_text(file.read_text() + '{"step": 9, "split": "val", "only_there": 1.5}\n')
-    report = report_of(planted, plan)
+    report = planted.report(plan)
     trained = next(run.tokens for run in plan.runs if run.arm == "a")
     assert trained > 0 and to_json(report)["claims"][0]["tokens"] == trained
     facts = dict(verdict_facts(report.verdicts[0], report))
@@ -282,8 +276,8 @@ def test_a_claim_about_measurements_names_the_tokens_of_what_they_looked_at(plan
 
 
 def test_the_json_has_every_number_and_all_that_is_needed_to_run_it_again(planted):
-    plan = planted.write_all(BETTER)
-    found = json.loads(json.dumps(to_json(report_of(planted, plan)), allow_nan=False))
+    plan = planted.write_all(planted.better)
+    found = json.loads(json.dumps(to_json(planted.report(plan)), allow_nan=False))
     claim = found["claims"][0]
     assert claim["verdict"] == REPRODUCED and claim["p_holm"] == claim["p"] and len(claim["improvements"]) == 5
     assert claim["paper_effect"] == 0.4 and claim["tokens"] == plan.runs[0].tokens and claim["p_sign_flip"] == 0.0625
@@ -297,9 +291,9 @@ def test_it_names_runs_that_others_start_from_where_sweeps_keep_them_and_no_dire
     from trainer.sweep import RunOf
 
     found = make_experiment(arms=[Arm("a"), Arm("b", {"init_from.run": RunOf("a")})])
-    plan = planted.write_all(BETTER, found)
+    plan = planted.write_all(planted.better, found)
     assert str(planted.place.runs) in plan.runs[-1].config and str(planted.place.runs) in plan.runs[-1].command
-    report = report_of(planted, plan)
+    report = planted.report(plan)
     text = json.dumps(to_json(report)) + markdown.render(report, []) + page.render(report, [])
     donor = next(run.directory for run in plan.runs if run.arm == "a" and run.seed == 0)
     assert f"--config.init_from.run=runs/{donor}" in text and str(planted.root) not in text
@@ -309,18 +303,19 @@ def test_it_names_runs_that_others_start_from_where_sweeps_keep_them_and_no_dire
 def test_the_changes_of_a_code_that_no_revision_names_are_in_the_json(planted):
     source = {"revision": "b" * 40, "diff": "+x\n+y", "untracked": ["new.py"]}
     environment = {"packages": {}, "source": source, "data": {"kind": "text", "fingerprint": "f" * 64}}
-    report = report_of(planted, planted.write_all(BETTER, environment=environment))
+    report = planted.report(planted.write_all(planted.better, environment=environment))
     changes = to_json(report)["changes"]
     assert list(changes.values()) == [{"diff": "+x\n+y", "untracked": ["new.py"]}] and "with changes" in list(changes)[0]
     text = str(machines(report).rows)
     assert "2 lines of diff, kept in report.json, and 1 new files" in text and "text, fingerprint ffffffffffff'" in text
-    assert not to_json(report_of(planted, planted.write_all(BETTER)))["changes"]
+    assert not to_json(planted.report(planted.write_all(planted.better)))["changes"]
 
 
 def test_two_hundred_reports_of_a_planted_null_reproduce_no_more_than_the_error_rate(planted, make_experiment):
     import scipy.stats
 
-    from trainer.report.results import Record, Results
+    from trainer.report.records import Record
+    from trainer.report.results import Results
     from trainer.sweep.outcome import Outcome
 
     claims = [Claim(statement=f"{arm} beats a", source="x", arm=arm, against="a", rule=Rule()) for arm in ("b", "c", "d")]
@@ -339,11 +334,11 @@ def test_two_hundred_reports_of_a_planted_null_reproduce_no_more_than_the_error_
 
 
 def test_a_report_is_compared_with_another_one(planted, capsys):
-    plan = planted.write_all(BETTER)
+    plan = planted.write_all(planted.better)
     assert main([str(planted.place.path), "--out", "first"]) == 0
     for run in plan.runs:
         if run.arm == "b":
-            planted.write(run, [4.0, BETTER["b"][run.seed] + 1.0])
+            planted.write(run, [4.0, planted.better["b"][run.seed] + 1.0])
     assert main([str(planted.place.path), "--out", "second", "--compare", "first/report.json"]) == 0
     text = (planted.root / "second" / "report.md").read_text()
     assert "Compared with first/report.json" in text and "5 pairs by seed" in text

@@ -5,15 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from trainer.report.analysis import analyse, to_json
-from trainer.report.results import of_plan
+from trainer.report.analysis import to_json
 from trainer.report.tables import verdict_facts
 from trainer.report.verdicts import CONTRADICTED, NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Claim, Metric, Rule
-
-
-def report_of(planted, plan):
-    return analyse(of_plan(plan, planted.place))
 
 
 def timed(found, planted, arms):
@@ -26,7 +21,7 @@ def timed(found, planted, arms):
         for row in rows:
             row |= {"timing": {"step_seconds": seconds * drawn.uniform(0.99, 1.01)}} if "timing" in row else {}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return report_of(planted, plan)
+    return planted.report(plan)
 
 
 def sooner(make_experiment, arm="b", against="a", rule=None, **metric):

@@ -5,17 +5,10 @@ import dataclasses
 import pytest
 
 from trainer.report import markdown, page
-from trainer.report.analysis import analyse, to_json
-from trainer.report.results import of_plan
+from trainer.report.analysis import to_json
 from trainer.report.tables import verdict_facts, verdicts
 from trainer.report.verdicts import REPRODUCED
 from trainer.sweep import Arm, Scale, Tuning, axis
-
-BETTER = {"a": [2.0, 2.1, 1.9, 2.05, 1.95], "b": [1.0, 1.2, 0.9, 1.0, 0.97]}
-
-
-def report_of(planted, plan):
-    return analyse(of_plan(plan, planted.place))
 
 
 def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
@@ -27,8 +20,8 @@ def test_the_tuned_arm_is_reported_with_its_choice(planted, make_experiment):
     assert planted.plan(found).choices[0].chosen == "learning_rate=0.5"
     for run in planted.plan(found).runs:
         if run.stage == "compare":
-            planted.write(run, [4.0, BETTER[run.arm][run.seed]])
-    report = report_of(planted, planted.plan(found))
+            planted.write(run, [4.0, planted.better[run.arm][run.seed]])
+    report = planted.report(planted.plan(found))
     assert report.arms[1].chosen == "learning_rate=0.5" and report.verdicts[0].word == REPRODUCED
 
 
@@ -46,7 +39,7 @@ def test_a_choice_of_tuning_by_less_than_seeds_differ_is_said(planted, make_expe
         for run in planted.plan(found).runs:
             if run.stage == "compare":
                 planted.write(run, [4.0, 1.0 + spread * run.seed])
-        warnings = report_of(planted, planted.plan(found)).warnings
+        warnings = planted.report(planted.plan(found)).warnings
         shown = [warning for warning in warnings if "tuning preferred its point by less than seeds differ" in warning]
         assert bool(shown) == said and all("b by 0.01, standard error 0." in warning for warning in shown)
 
@@ -64,7 +57,7 @@ def test_a_tuning_run_that_crashed_is_left_out_of_the_choice_and_named(planted, 
         else:
             planted.write(run, [4.0, {"0.1": 3.0, "0.5": 1.0}.get(run.point.partition("=")[2], 2.0)])
     assert planted.plan(found).choices[0].chosen == "learning_rate=0.5"
-    warnings = report_of(planted, planted.plan(found)).warnings
+    warnings = planted.report(planted.plan(found)).warnings
     assert any("the tuning of b chose without learning_rate=0.9" in warning for warning in warnings)
 
 
@@ -72,7 +65,7 @@ def test_a_claim_whose_arm_is_not_tuned_where_others_are_says_so_wherever_it_is_
     tuned = Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5]), seeds=[100], scales=["laptop"])
     scales = {"smoke": Scale(seeds=5), "laptop": Scale(seeds=5)}
     arms = [Arm("a"), Arm("b", {"optimizer.direction.learning_rate": 0.5}, tune=tuned)]
-    report = report_of(planted, planted.write_all(BETTER, make_experiment(arms=arms, scales=scales)))
+    report = planted.report(planted.write_all(planted.better, make_experiment(arms=arms, scales=scales)))
     verdict = report.verdicts[0]
     assert verdict.word == REPRODUCED and "not tuned at this scale: a, b" in verdict.why
     assert dict(verdict_facts(verdict, report))["tuning"] == "not tuned at this scale: a, b"
@@ -81,6 +74,6 @@ def test_a_claim_whose_arm_is_not_tuned_where_others_are_says_so_wherever_it_is_
     assert markdown.render(report, []).count("not tuned at this scale") == 3
     assert page.render(report, []).count("not tuned at this scale") == 2
     here = [Arm("a"), Arm("b", tune=dataclasses.replace(tuned, scales=None))]
-    assert report_of(planted, planted.plan(make_experiment(arms=here))).verdicts[0].evidence.untuned == ("a",)
-    plain = report_of(planted, planted.write_all(BETTER))
+    assert planted.report(planted.plan(make_experiment(arms=here))).verdicts[0].evidence.untuned == ("a",)
+    plain = planted.report(planted.write_all(planted.better))
     assert "not tuned" not in markdown.render(plain, []) + page.render(plain, [])

@@ -10,7 +10,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from trainer.report import statistics
-from trainer.report.results import Record, Results
+from trainer.report.records import Record
+from trainer.report.results import Results
 from trainer.report.statistics import Summary
 from trainer.report.verdicts import Evidence, Verdict, decide
 from trainer.sweep.experiment import Claim, Metric, Rule

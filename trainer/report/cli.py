@@ -11,7 +11,8 @@ from pathlib import Path
 from trainer.atomic_files import write_bytes_atomic
 from trainer.report.analysis import Report, analyse, to_json
 from trainer.report.compare import Comparison, compare, read_other
-from trainer.report.figures import Drawing, draw
+from trainer.report.drawing import Drawing
+from trainer.report.figures import draw
 from trainer.report.results import Results, read_results
 from trainer.report.words import headline
 

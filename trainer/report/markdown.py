@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from trainer.report import tables
 from trainer.report.analysis import Report
 from trainer.report.compare import Comparison
-from trainer.report.figures import Drawing
+from trainer.report.drawing import Drawing
 from trainer.report.tables import Table
 from trainer.report.words import METHOD, headline, sentence
 

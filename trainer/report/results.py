@@ -3,62 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strata import ConfigError, StrataError
-from trainer.metrics.jsonl import read_metrics
+from strata import ConfigError
 from trainer.report.earlier import Earlier
 from trainer.report.promises import changed_rules
+from trainer.report.records import Record, make_record, read_json
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
 from trainer.sweep.experiment import Arm, Claim, Metric
 from trainer.sweep.ledger import last_ends
 from trainer.sweep.needs import with_needed
-from trainer.sweep.outcome import Outcome, outcome
+from trainer.sweep.outcome import outcome
 from trainer.sweep.place import Place, read_plan, rules_of
 from trainer.sweep.plan import Choice, Plan, Run, make_plan
 from trainer.sweep.reading import read
 from trainer.sweep.space import label, read_seeds
-
-
-@dataclasses.dataclass
-class Record:
-    """One run.
-
-    Attributes:
-      rows: of `metrics.jsonl`; empty for a run that has none.
-      versions: of the code, one a start; more than one for a run that went on under other code.
-      modules: digests of plugins and of a measurement's module, likewise, as `(name, digest)`.
-      machine: in words.
-      numbers: of a run that only an earlier report knows: by label of a metric, as `Results.values` gives them.
-    """
-
-    arm: str
-    seed: int
-    stage: str
-    point: str
-    directory: Path
-    found: Outcome
-    config: Mapping[str, Any]
-    command: str
-    steps: int
-    tokens: int
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    versions: tuple[str, ...] = ()
-    modules: tuple[tuple[str, str], ...] = ()
-    machine: str = ""
-    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    numbers: Mapping[str, tuple[float, bool]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def state(self) -> str:
-        """One of `trainer.sweep.outcome.STATES`."""
-        return self.found.state
 
 
 @dataclasses.dataclass
@@ -94,6 +58,10 @@ class Results:
     def of(self, arm: str, stage: str = "compare") -> list[Record]:
         """The runs of an arm, by seed."""
         return sorted((r for r in self.records if r.arm == arm and r.stage == stage), key=lambda r: (r.point, r.seed))
+
+    def with_rows(self, arm: str) -> list[Record]:
+        """Runs of an arm that a curve can be drawn of; those that failed or diverged are in no mean."""
+        return [record for record in self.of(arm) if record.rows and record.state not in ("failed", "diverged")]
 
     @property
     def unfinished(self) -> list[Record]:
@@ -200,7 +168,7 @@ def of_plan(plan: Plan, place: Place) -> Results:
     rows = place.ledger.rows()
     ends = last_ends(rows)
     records = [
-        _record(
+        make_record(
             place.directory(run),
             place.outcome(run, ends),
             arm=run.arm,
@@ -259,64 +227,11 @@ def _anywhere(text: str, run: Run, place: Place) -> str:
     return text
 
 
-def _record(directory: Path, found: Outcome, **fields: Any) -> Record:
-    record = Record(directory=directory, found=found, **fields)
-    if (directory / "metrics.jsonl").is_file():
-        try:
-            rows = read_metrics(directory / "metrics.jsonl")
-            record.rows = [row for row in rows if not record.steps or row["step"] <= record.steps]  # it may have been extended
-        except StrataError as error:
-            record.found = Outcome("failed", found.step, str(error))
-    starts = [_json(directory / "environment.json")]
-    try:
-        starts += [json.loads(line) for line in (directory / "environment.resumed.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        pass
-    starts = [start for start in starts if isinstance(start, dict)]
-    if starts:
-        record.environment = starts[0]
-        record.versions = tuple(dict.fromkeys(code_version(start) for start in starts))
-        record.modules = tuple(dict.fromkeys(pair for start in starts for pair in start.get("modules", {}).items()))
-        record.machine = "; then ".join(dict.fromkeys(machine(start) for start in starts))
-    return record
-
-
-def code_version(environment: Mapping[str, Any]) -> str:
-    """The source that a run was started with: revision, and a digest of what was changed in it, files that git does not track
-    included.
-    """
-    source = environment.get("source")
-    if not source:
-        return f"not in git, strata {environment.get('packages', {}).get('strata-lm', 'of unknown version')}"
-    revision = (source.get("revision") or "no revision")[:10]
-    if not source.get("diff") and not source.get("untracked"):
-        return revision
-    changed = json.dumps([source.get("diff"), source.get("untracked"), *([own] if (own := source.get("contents")) else [])])
-    return f"{revision} with changes {hashlib.sha256(changed.encode()).hexdigest()[:6]}"
-
-
-def machine(environment: Mapping[str, Any]) -> str:
-    """Devices, processors and the versions that decide numbers."""
-    devices, packages = environment.get("devices", {}), environment.get("packages", {})
-    processor = environment.get("processor")  # not recorded by runs of earlier versions
-    cpus = f"{environment.get('cpus')} CPUs" + (f" of {processor}" if processor else "")
-    words = [f"{devices.get('count')} x {devices.get('kind')}", cpus]
-    words += [f"jax {packages.get('jax')}", f"Python {environment.get('python')}"]
-    return ", ".join(words)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _foreign_configs(records: Sequence[Record]) -> list[str]:
     """Directories whose config differs from the planned one in keys that are not part of the identity."""
     notes: dict[str, int] = {}
     for record in records:
-        there = _json(record.directory / "config.json")
+        there = read_json(record.directory / "config.json")
         if there is None or there == record.config:
             continue
         for key in sorted(_flat_difference(record.config, there)):
@@ -350,7 +265,7 @@ def _of_directory(path: Path) -> Results:
     """Every run directory below `path`, grouped by config; no claims."""
     found: dict[tuple[str, str], list[tuple[int, Path, dict[str, Any]]]] = {}
     for file in sorted(path.glob("*/config.json")):
-        config = _json(file)
+        config = read_json(file)
         if isinstance(config, dict) and "seed" in config:
             group = json.dumps({k: v for k, v in config.items() if k not in ("seed", "log", "checkpoint")}, sort_keys=True)
             name = file.parent.name.split("-")[0]
@@ -373,7 +288,7 @@ def _of_directory(path: Path) -> Results:
             steps = config.get("train", {}).get("steps", 0)
             data = config.get("data", {})
             records.append(
-                _record(
+                make_record(
                     directory,
                     outcome(directory, steps),
                     arm=name,
