@@ -8,10 +8,10 @@
 
 No paper is re-run here: the question is which recipe the project's first config should have, and the table is what a user
 compares with. The laptop runs are `configs/tiny.py` itself, all 4.1 M bytes of it, scored on all held-out files. The controls:
-every arm has its rate of matrices tuned over a grid of three, a factor of two apart, on a seed that the comparison does not
-use; a multiplier of 1 to 5 (LLR) starts its grid lower, one of at most 1 (LANTON) higher, so that none wins by larger rates of
-matrices alone. The rate of everything else under Muon, 3e-3, is not tuned, and LLR as released multiplies that of embedding and
-head by 5; `muon, llr, ends at least` leaves it.
+every arm has its rate of matrices tuned over three or four values, a factor of two apart, on a seed that the comparison does
+not use, and grids were made longer where a choice was at their edge; a multiplier of 1 to 5 (LLR) starts its grid lower, one of
+at most 1 (LANTON) higher, so that none wins by larger rates of matrices alone. The rate of everything else under Muon, 3e-3, is
+not tuned, and LLR as released multiplies that of embedding and head by 5; `muon, llr, ends at least` leaves it.
 Each layerwise rate is compared with the direction that it multiplies. Multipliers measure every 100 updates, a tenth of a run.
 """
 
@@ -35,12 +35,12 @@ def arms() -> list[Arm]:
     small = {"smoke": {"optimizer.layerwise.smallest": 8}}
     return [
         Arm("adamw", {"optimizer.direction": ADAMW}, tune=grid(3e-3, 6e-3, 1.2e-2)),
-        Arm("muon", {"optimizer.direction": MUON}, tune=grid(0.01, 0.02, 0.04)),
-        Arm("muon, llr", layerwise("llr", MUON), tune=grid(0.005, 0.01, 0.02), by_scale=small),
+        Arm("muon", {"optimizer.direction": MUON}, tune=grid(0.01, 0.02, 0.04, 0.08)),
+        Arm("muon, llr", layerwise("llr", MUON), tune=grid(0.0025, 0.005, 0.01, 0.02), by_scale=small),
         Arm(
             "muon, llr, ends at least",
             layerwise("llr", MUON, outer="least"),
-            tune=grid(0.005, 0.01, 0.02),
+            tune=grid(0.0025, 0.005, 0.01, 0.02),
             by_scale=small,
             part=3,
             control="is it the rate of embedding and head?",
@@ -52,7 +52,7 @@ def arms() -> list[Arm]:
             by_scale=small,
             part=2,
         ),
-        Arm("muon, lanton", layerwise("lanton", MUON), tune=grid(0.02, 0.04, 0.08), part=2),
+        Arm("muon, lanton", layerwise("lanton", MUON), tune=grid(0.02, 0.04, 0.08, 0.16), part=2),
         Arm(
             "adamw, alpha decay",
             layerwise("alpha_decay", ADAMW, interval=100),
