@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from strata import ConfigError
-from trainer.report.earlier import Earlier
 from trainer.report.promises import changed_rules
 from trainer.report.records import Record, make_record, read_json
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
+from trainer.sweep.earlier import Earlier
 from trainer.sweep.experiment import Arm, Claim, Metric
 from trainer.sweep.ledger import last_ends
 from trainer.sweep.needs import with_needed
@@ -127,7 +128,8 @@ def read_results(target: str, *, scale: str | None = None, runs: str = "runs", e
       target: path of one of these.
       scale: of an experiment file; None: laptop, or its first.
       runs: where run directories are.
-      earlier: a `report.json` for runs of an experiment file that are not there (`trainer.report.earlier`).
+      earlier: a `report.json` for runs of an experiment file that are not there (`trainer.sweep.earlier`); None: the one that
+        the sweep was started with, if it was.
 
     Raises:
       ConfigError: it is none of these, or holds no runs; or as `Earlier`.
@@ -141,16 +143,11 @@ def read_results(target: str, *, scale: str | None = None, runs: str = "runs", e
         return _of_directory(path)
     source = read(target)
     name = source.experiment.choose_scale(scale)
-    place = Place(runs, f"{source.experiment.name}-{name}")
-    metric = source.experiment.metric
-    if earlier is None:
-        return of_plan(make_plan(source, name, score=place.score(metric), runs_at=place.runs), place)
-    before = Earlier(earlier)
-    before.check(source.experiment.name, name)
-    plan = make_plan(source, name, score=before.score(metric, place.score(metric)), runs_at=place.runs)
-    results = of_plan(plan, place)
-    before.fill(results, plan)
-    return results
+    before = None if earlier is None else Earlier(earlier)
+    if before is not None:
+        before.check(source.experiment.name, name)
+    place = Place(runs, f"{source.experiment.name}-{name}", before)
+    return of_plan(make_plan(source, name, score=place.score(source.experiment.metric), runs_at=place.runs), place)
 
 
 def _of_sweep(path: Path) -> Results:
@@ -193,7 +190,7 @@ def of_plan(plan: Plan, place: Place) -> Results:
     if plan.source.axes:
         given = ", ".join(f"--sweep.{path}={text}" for path, text in plan.source.axes)
         notes.append(f"seeds or axes were given on the command line, not by the file: {given}")
-    notes += _shared_machine(plan, rows)
+    notes += _shared_machine(plan, rows) + _remembered(plan, place, records)
     notes += [f"not tested here, since an arm of it is not run: {statement}" for statement in untested]
     flags = [f"--sweep.{path}={text}" for path, text in plan.source.axes]
     flags += [f"--config.{path}={text}" for path, text in plan.changes]
@@ -218,6 +215,28 @@ def of_plan(plan: Plan, place: Place) -> Results:
         command=f"{' '.join([f'python -m trainer.sweep {asked}', *flags])}\npython -m trainer.report {known}",
         rules=rules_of(plan),
     )
+
+
+def _remembered(plan: Plan, place: Place, records: Sequence[Record]) -> list[str]:
+    """Give what an earlier report says of them to the runs that are gone; notes of which these are."""
+    taken: Counter[str] = Counter()
+    for run, record in zip(plan.runs, records, strict=True):
+        if place.earlier is None or place.remembered(run) is None:
+            continue
+        taken[run.arm] += 1
+        known = place.earlier.runs[run.directory]
+        record.numbers = {label: (value, bound) for label, (value, bound) in known["numbers"].items()}
+        record.versions, record.machine = tuple(known["versions"]), known["machine"]
+        record.modules, record.environment = tuple(known["modules"].items()), known["environment"]
+    if place.earlier is None or not taken:
+        return []
+    arms = ", ".join(f"{arm} {count}" for arm, count in taken.items())
+    started = [{"event": "plan", "rules": place.earlier.rules}, {"event": "end"}]
+    return [
+        f"{taken.total()} runs are known from an earlier report alone, made {place.earlier.made[:10]}; their directories were "
+        f"not read, and they are in no curve ({arms})",
+        *(f"{note} for the earlier report" for note in changed_rules(plan, started)),
+    ]
 
 
 def _anywhere(text: str, run: Run, place: Place) -> str:

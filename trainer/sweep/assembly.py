@@ -72,10 +72,11 @@ def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> No
 def missing_modules(plan: Plan, place: Place) -> list[Problem]:
     """Modules that arms with runs to come say they need, and that are not installed: each said once."""
     names: dict[str, list[str]] = {}
+    to_make = {run.directory for run in place.to_make(plan)}
     for arm in plan.arms:
         missing = [f"{module}: {how}" for module, how in arm.requires.items() if not _installed(module)]
         ahead = any(run.arm == arm.name for run in plan.waiting) or any(
-            not outcome(place.directory(run), run.steps).ended for run in plan.runs if run.arm == arm.name
+            run.directory in to_make for run in plan.runs if run.arm == arm.name
         )
         for words in missing if ahead else ():
             names.setdefault(words, []).append(f"arm {arm.name!r}")
@@ -100,10 +101,11 @@ def unbegun(plan: Plan, place: Place) -> list[Run]:
     """One run of each program that no run has begun with: what ran once can be assembled."""
     first: dict[str, Run] = {}
     begun: set[str] = set()
-    for run in [run for run in (*plan.distinct, *plan.waiting) if run.kind == "train"]:
+    for run in [run for run in plan.distinct if run.kind == "train"]:
         found = outcome(place.directory(run), run.steps)
         if found.step or found.ended or found.state == "running":
             begun.add(program(run))
+    for run in [run for run in (*place.to_make(plan), *plan.waiting) if run.kind == "train"]:
         first.setdefault(program(run), run)
     return [run for name, run in first.items() if name not in begun]
 

@@ -15,6 +15,7 @@ from strata import ConfigError, StrataError
 from trainer.run_directory import RunDirectory
 from trainer.sweep.assembly import check_assembly, without_devices
 from trainer.sweep.cost import describe_cost, describe_runs
+from trainer.sweep.earlier import Earlier
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, arms_at, make_plan
 from trainer.sweep.reading import Source, read, read_search
@@ -36,6 +37,7 @@ usage: python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm|submi
   --timeout MINUTES         of one attempt; then the run is stopped and tried again
   --stop_after MINUTES      stop everything cleanly after this time and exit 75; the same command goes on
   --runs DIR                where run directories are (default runs); the sweep itself is kept in DIR/sweeps
+  --earlier REPORT          report.json of runs whose directories are gone: they are not made again. The sweep keeps a copy
   --launcher slurm          one array job; --slurm.partition=NAME and other options are handed to sbatch
   --wait                    with slurm: return when everything has ended, not after submitting
   --launcher submitit       a job a run; the launcher stays. --submitit.cluster=NAME and other options of submitit's
@@ -43,7 +45,7 @@ usage: python -m trainer.sweep FILE [--scale NAME] [--launcher local|slurm|submi
 """
 
 FLAGS = ("dry_run", "help", "wait", "watch")
-VALUES = ("trials", "scale", "launcher", "slots", "arms", "part", "retries", "timeout", "stop_after", "runs")
+VALUES = ("trials", "scale", "launcher", "slots", "arms", "part", "retries", "timeout", "stop_after", "runs", "earlier")
 PREFIXES = ("sweep.", "config.", "slurm.", "submitit.")
 LAUNCHERS = ("local", "slurm", "submitit")
 
@@ -120,7 +122,7 @@ def _out_of_place(command: str, launcher: str, given: Set[str], prefixes: Set[st
         found.append("a search hands out its trials one by one: --launcher slurm submits an array; --launcher submitit stays")
     elif ours := sorted(given & {"retries", "timeout", "stop_after"}):
         found.append(f"--{', --'.join(ours)}: with Slurm the limits are its own, such as --slurm.time=60")
-    if command == "search" and (other := sorted(given & {"scale", "arms", "part"})):
+    if command == "search" and (other := sorted(given & {"scale", "arms", "part", "earlier"})):
         found.append(f"--{', --'.join(other)}: a search has none")
     if command != "search" and "trials" in given:
         found.append("--trials is of a search")
@@ -141,7 +143,10 @@ def main(argv: Sequence[str]) -> int:
         return search(arguments)
     source = read(arguments.file, arguments.pairs["sweep."])
     scale = source.experiment.choose_scale(arguments.values.get("scale"))
-    place = Place(arguments.values.get("runs", "runs"), f"{source.experiment.name}-{scale}")
+    earlier = Earlier(arguments.values["earlier"]) if "earlier" in arguments.values else None
+    if earlier is not None:
+        earlier.check(source.experiment.name, scale)
+    place = Place(arguments.values.get("runs", "runs"), f"{source.experiment.name}-{scale}", earlier)
 
     def again() -> Plan:
         return plan_of(arguments, source, scale, place)
@@ -165,6 +170,7 @@ def main(argv: Sequence[str]) -> int:
 
         check_assembly(plan, place, without_devices(plan))
         with RunDirectory(place.path):
+            place.keep_earlier()
             return launch(place, plan, slots, dict(arguments.pairs["slurm."]), again, "wait" in arguments.flags)
     return launch_here(arguments, place, plan, slots, again)
 
@@ -227,6 +233,7 @@ def launch_here(arguments: Arguments, place: Place, plan: Plan, count: int, agai
         **timing,
     )
     with RunDirectory(place.path):
+        place.keep_earlier()
         code = launcher.run(plan, again)
     print(status_lines(place, again())[-1])
     print(f"report: python -m trainer.report {place.path}")

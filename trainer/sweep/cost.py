@@ -25,11 +25,12 @@ REFERENCE_GPU = "NVIDIA H100 80GB HBM3"
 
 def describe_cost(plan: Plan, place: Place, slots: int) -> list[str]:
     """Lines of text; imports no JAX."""
-    states = [(run, outcome(place.directory(run), run.steps)) for run in plan.distinct]
-    todo = [(run, found) for run, found in states if not found.ended]
+    states = {run.directory: outcome(place.directory(run), run.steps) for run in plan.distinct}
+    todo = [(run, states[run.directory]) for run in place.to_make(plan)]
     counts: dict[str, int] = {}
-    for _, found in states:
-        counts[found.state] = counts.get(found.state, 0) + 1
+    for run in plan.distinct:
+        state = states[run.directory].state if place.remembered(run) is None else "known from an earlier report"
+        counts[state] = counts.get(state, 0) + 1
     arms, seeds = len(plan.arms), len({run.seed for run in plan.runs if run.stage == "compare"})
     later = f" and {plan.later} that tuning decides" if plan.later else ""
     shown = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
@@ -43,10 +44,11 @@ def describe_cost(plan: Plan, place: Place, slots: int) -> list[str]:
 
 
 def describe_runs(plan: Plan, place: Place) -> list[str]:
-    """A line for each arm, or point of its tuning, with runs that have not ended: their directories and seeds."""
+    """A line for each arm, or point of its tuning, with runs to come: their directories and seeds."""
     seeds: dict[tuple[str, str], list[int]] = {}
+    ahead = {run.directory for run in place.to_make(plan)}
     for run in plan.runs:
-        if not outcome(place.directory(run), run.steps).ended:
+        if run.directory in ahead:
             title = f"{run.arm} [{run.point}]" if run.point else run.arm
             seeds.setdefault((title, f"{run.name}-{run.group}"), []).append(run.seed)
     return [f"  {title}: {group}-s{{{','.join(map(str, own))}}}" for (title, group), own in seeds.items()]

@@ -124,6 +124,8 @@ def status_lines(place: Place, plan: Plan) -> list[str]:
             words.append(f"{left} left")
         if found.message and found.state != "finished":
             words.append(found.message[:160])
+        if place.remembered(run) is not None:
+            words.append("known from an earlier report")
         lines.append("  ".join(words).rstrip())
     if plan.later:
         lines.append(f"later      {plan.later} runs whose config is chosen when the tuning runs have ended")

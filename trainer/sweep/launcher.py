@@ -230,6 +230,7 @@ class Launcher:
         rows = self.place.ledger.rows()
         known, lost = last_ends(rows), unfinished(rows)
         waiting = []
+        ahead = {run.directory for run in self.place.to_make(plan)}
         for run in [run for run in plan.distinct if run.directory not in self.failed]:
             found = outcome(self.place.directory(run), run.steps)
             start = lost.get(run.directory)
@@ -242,6 +243,8 @@ class Launcher:
                 if start is not None or end is None or (end["outcome"], end["step"]) != (found.state, found.step):
                     self._end(run, found, None)
                 self.compiled.add(run.group)
+                continue
+            if run.directory not in ahead:  # an earlier report knows it
                 continue
             if start is not None:
                 self._end(run, Outcome("lost", found.step, "its process is gone without a word"), None)

@@ -3,6 +3,7 @@
 runs/sweeps/<experiment>-<scale>/
     plan.json       what is run and how it is decided, as of the last start
     ledger.jsonl    `trainer.sweep.ledger`
+    earlier.json    the report that `--earlier` named, if it did
     configs/RUN/    config.json and where it came from: editing a file during a sweep changes nothing in it
     logs/RUN.log    standard output and error of every attempt
 """
@@ -22,6 +23,7 @@ from strata import ConfigError
 from trainer.atomic_files import write_bytes_atomic, write_json_atomic
 from trainer.metrics.jsonl import read_metrics
 from trainer.sweep import outcome as outcomes
+from trainer.sweep.earlier import Earlier
 from trainer.sweep.ledger import Ledger, given_up, last_ends
 from trainer.sweep.outcome import Outcome, outcome
 from trainer.sweep.plan import Choice, Plan, Run, Score, arms_at, make_plan
@@ -35,12 +37,15 @@ class Place:
     Args:
       runs: the directory of run directories.
       name: of the sweep.
+      earlier: knows runs whose directories are gone; None: what `keep_earlier` has kept, if anything.
     """
 
-    def __init__(self, runs: str | os.PathLike[str], name: str):
+    def __init__(self, runs: str | os.PathLike[str], name: str, earlier: Earlier | None = None):
         self.runs = Path(runs)
         self.path = self.runs / "sweeps" / name
         self.ledger = Ledger(self.path)
+        kept = self.path / "earlier.json"
+        self.earlier = Earlier(kept) if earlier is None and kept.is_file() else earlier
 
     def directory(self, run: Run) -> Path:
         """The run directory."""
@@ -100,22 +105,54 @@ class Place:
             command=sys.orig_argv,
         )
 
+    def keep_earlier(self) -> None:
+        """From now on the sweep knows the runs of its earlier report without being told."""
+        if self.earlier is not None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.earlier.keep(self.path / "earlier.json")
+
     def outcome(self, run: Run, ends: Mapping[str, Mapping[str, Any]] | None = None) -> Outcome:
-        """What became of a run; the ledger knows of failures before there was a directory, and of time limits."""
+        """What became of a run; the ledger knows of failures before there was a directory, and of time limits, and an earlier
+        report of runs whose directory is gone.
+        """
         found = outcome(self.directory(run), run.steps)
         if found.state in ("missing", "broken", "preempted"):
             end = (last_ends(self.ledger.rows()) if ends is None else ends).get(run.directory)
             if end and end["outcome"] == "failed":
                 return Outcome("failed", found.step, end.get("message") or found.message)
-        return found
+        return self.remembered(run) or found if found.state == "missing" else found
+
+    def remembered(self, run: Run) -> Outcome | None:
+        """What an earlier report alone knows of a run; None for one that has a directory here."""
+        if self.earlier is None or outcome(self.directory(run), run.steps).state != "missing":
+            return None
+        return self.earlier.outcome(run)
+
+    def to_make(self, plan: Plan) -> list[Run]:
+        """The runs of a plan that have not ended, each once; with those that an earlier report knows alone, where a run that is
+        to be made starts from them.
+        """
+        ends = last_ends(self.ledger.rows())
+        gone = {run.directory: run for run in plan.distinct if self.remembered(run) is not None}
+        ahead = [run for run in plan.distinct if not self.outcome(run, ends).ended]
+        made = {run.directory for run in ahead}
+        while ahead:
+            needed = [gone[name] for name in ahead.pop().needs if name in gone and name not in made]
+            made |= {run.directory for run in needed}
+            ahead += needed
+        return [run for run in plan.distinct if run.directory in made]
 
     def score(self, metric: outcomes.Metric) -> Score:
-        """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number."""
+        """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number. What an
+        earlier report has of a run that is not here counts as well.
+        """
 
         ends = last_ends(self.ledger.rows())
 
         def score(run: Run) -> tuple[bool, float | None]:
             found = outcome(self.directory(run), run.steps)
+            if self.earlier is not None and self.remembered(run) is not None:
+                return True, self.earlier.score(run, metric)
             if found.state != "finished":
                 return found.ended or (found.state != "running" and given_up(ends.get(run.directory))), None
             return True, outcomes.value(read_metrics(self.directory(run) / "metrics.jsonl"), metric)

@@ -55,7 +55,7 @@ def launch(place: Place, plan: Plan, slots: int, options: Mapping[str, str], aga
         place.write_plan(plan)
         queued = queued_runs(place)
         close_lost(place, plan, queued)
-        missing = [run for run in plan.distinct if run.directory not in queued and not place.outcome(run).ended]
+        missing = [run for run in place.to_make(plan) if run.directory not in queued]
         missing = [run for run in missing if outcome(place.directory(run), run.steps).state != "running"]
         missing = [run for run in missing if run.directory not in tried]
         held = [run for run in missing if not may_start(place, run)]
@@ -75,7 +75,7 @@ def launch(place: Place, plan: Plan, slots: int, options: Mapping[str, str], aga
         while queued_runs(place):
             time.sleep(POLL)
         close_lost(place, plan, {})
-        failed = [run for run in plan.distinct if run not in held and not place.outcome(run).ended]
+        failed = [run for run in place.to_make(plan) if run not in held]
         if any(run.stage == "compare" for run in failed):
             return 1
         before, plan = plan, again()
