@@ -131,6 +131,8 @@ def test_a_report_of_the_sweeps_directory_takes_what_the_sweep_was_started_with(
     assert command("experiment.py", module="trainer.report")[0] == 0
     shutil.copy("runs/sweeps/small-smoke/report/report.json", "before.json")
     shutil.rmtree("runs")
+    lines = command("experiment.py", "--earlier=before.json", "--dry_run")[1].splitlines()
+    assert sum(line.endswith("known from an earlier report") for line in lines) == 2
     assert command("experiment.py", "--earlier=before.json")[0] == 0
     assert {row["arm"] for row in Place("runs", "small-smoke").ledger.rows() if row["event"] == "start"} == {"high"}
     results = read_results("runs/sweeps/small-smoke")
