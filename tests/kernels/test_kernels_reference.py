@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -14,12 +15,16 @@ from kernels.ops import GATES
 from strata.errors import ConfigError
 
 
-def by_hand(op: str, q, k, v, g, beta, layer: int, layers: int, state=None):
-    """One row, one head. q, k [T,K]; v [T,V]; written from the papers, sharing nothing with the package."""
+def by_hand(op: str, q, k, v, g, beta, layer: int, layers: int, state=None, weight=None):
+    """One row, one head. q, k [T,K]; v [T,V]; written from the papers, sharing nothing with the package.
+
+    `state` [K,V] is before the first token; LightNet's is an average, and `weight` [K] the logarithm of its weight.
+    """
     length, size = q.shape
     state = np.zeros((size, v.shape[1])) if state is None else state
     out = np.zeros_like(v)
-    total = np.zeros((size, 1))
+    total = np.zeros((size, 1)) if weight is None else np.exp(weight)[:, None]
+    state = state if weight is None else state * total
     for t in range(length):
         if op == "lightnet":
             total = total + np.exp(k[t])[:, None]
@@ -54,6 +59,26 @@ def test_the_reference_is_the_recurrence_of_the_paper(problem, float64, op):
         beta = given.gates["beta"][row, :, head] if "beta" in given.gates else None
         expected = by_hand(op, q[row, :, head // 2], k[row, :, head // 2], v[row, :, head], g, beta, 1, 3)
         np.testing.assert_allclose(o[row, :, head], expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_packed_sequences_are_the_recurrence_of_the_paper_each_from_its_own_state(problem, float64, op):
+    given = problem(op, 8, "packed", heads=2, value_heads=4, regimes=(("random", "mixed", "random"),))
+    q, k, v = (x[0] for x in given.arrays)
+    gates = {name: x[0] for name, x in given.gates.items()}
+    states, weights = given.state if op == "lightnet" else (given.state, None)
+    options = {"layer": 1, "layers": 3} if op == "lightning_attention" else {}
+    ends = given.sequences["cu_seqlens"]
+    for backend in ("reference", "xla"):
+        o, _ = given.run(backend=backend, **options)
+        for number, head in itertools.product(range(len(ends) - 1), range(4)):
+            part = slice(ends[number], ends[number + 1])
+            g = gates["g"][part, head] if "g" in gates else head
+            beta = gates["beta"][part, head] if "beta" in gates else None
+            rows = (q[part, head // 2], k[part, head // 2], v[part, head])
+            weight = None if weights is None else weights[number, head // 2]
+            expected = by_hand(op, *rows, g, beta, 1, 3, states[number, head], weight)
+            np.testing.assert_allclose(o[0, part, head], expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("op", GATES)
