@@ -55,15 +55,16 @@ def test_it_is_in_pictures_of_numbers_and_in_none_of_curves(report_file):
     assert any("b (tuning)" in drawing.alt for drawing in drawings.values())
 
 
-def test_runs_that_are_here_are_read_here(planted, report_file):
+def test_runs_that_have_ended_here_are_read_here(planted, report_file):
     gone = [run for run in json.loads(report_file.read_text())["runs"] if run["arm"] == "b" and run["stage"] == "compare"]
     before = analyse(read_results("planted.py", earlier=report_file))
     again = next(run for run in before.results.of("b") if run.directory.name == gone[0]["directory"])
     again.directory.mkdir()
     (again.directory / "config.json").write_text(json.dumps(again.config))
-    (again.directory / "status.json").write_text(json.dumps({"state": "failed", "step": 3, "message": "OSError: full"}))
-    report = analyse(read_results("planted.py", earlier=report_file))
-    assert report.arms[1].states == {"failed": 1, "finished": 4}
+    for message, states in (("OSError: full", {"finished": 5}), ("Diverged: nan", {"diverged": 1, "finished": 4})):
+        (again.directory / "status.json").write_text(json.dumps({"state": "failed", "step": 3, "message": message}))
+        report = analyse(read_results("planted.py", earlier=report_file))
+        assert report.arms[1].states == states
 
 
 def test_a_rule_changed_since_is_told(planted, report_file):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from strata import ConfigError
 from tests.sweep.test_sweep_launcher import RATE, Sweep
 from trainer.report.analysis import analyse, to_json
 from trainer.report.results import of_plan, read_results
-from trainer.sweep import Arm, RunOf, Tuning, axis
+from trainer.sweep import Arm, Claim, Metric, Rule, RunOf, Tuning, axis
 from trainer.sweep.cost import describe_cost, describe_runs
 from trainer.sweep.display import status_lines
 from trainer.sweep.earlier import Earlier
@@ -52,7 +53,7 @@ def test_runs_that_the_report_knows_are_not_made_again_and_those_of_a_new_arm_ar
     assert [line.split(":")[0].strip() for line in describe_runs(sweep.plan(), sweep.place)] == ["high"]
     assert sweep.launch() == 0 and {arm for arm, _ in sweep.starts()} == {"high"}
     lines = [line for line in status_lines(sweep.place, sweep.plan()) if "known from an earlier report" in line]
-    assert len(lines) == 2 and all(line.startswith("finished   low seed") for line in lines)
+    assert [line.split("  ")[0] for line in lines] == ["finished"] * 2 and not any("starting" in line for line in lines)
 
 
 def test_the_sweep_keeps_the_report_and_its_own_is_whole(known):
@@ -95,17 +96,110 @@ def test_a_run_that_failed_then_is_tried_again(known):
     content["runs"][0] |= {"state": "failed", "message": "OSError: full", "numbers": {}}
     file.write_text(json.dumps(content))
     sweep = later([LOW], file)
+    assert "(1 known from an earlier report, 1 missing)" in describe_cost(sweep.plan(), sweep.place, slots=1)[0]
     assert sweep.launch() == 0 and sweep.starts() == [("low", content["runs"][0]["seed"])]
 
 
-def test_a_directory_that_is_here_goes_before_what_the_report_says(known):
+def test_a_run_of_another_length_is_another(known):
+    """A constant rate does not depend on the length, nor does the name of the directory."""
+    constant = dataclasses.replace(LOW, changes=LOW.changes | {"optimizer.schedule": {"name": "constant", "warmup": 1}})
+    file = known([constant])
+    longer = dataclasses.replace(constant, changes=constant.changes | {"train.steps": 16})
+    sweep = later([longer], file)
+    assert {run.directory for run in sweep.plan().runs} == {run["directory"] for run in json.loads(file.read_text())["runs"]}
+    assert sweep.launch() == 0 and len(sweep.starts()) == 2
+
+
+def test_a_donor_that_is_made_again_changes_neither_its_number_nor_what_was_chosen(known):
+    file = known([tuned(1e-1, 1e-2)])
+    tune = Tuning(space=axis("model.layers", [1, 2]), seeds=[100])
+    student = Arm("student", {"train.teacher.run": RunOf("tuned")}, tune=tune)
+    sweep = later([tuned(1e-1, 1e-2), student], file)
+    donor = next(run for run in sweep.plan().runs if run.stage == "tune" and run.point == "learning_rate=0.01")
+    sweep.script("tuned", donor.seed, "finish")
+    (sweep.place.runs / f"{donor.directory}.script").write_text("crash")
+    assert sweep.launch(retries=0) == 1  # the student's tuning runs cannot start
+    assert sweep.plan().choices[0].chosen == "learning_rate=0.01"
+    assert sweep.place.outcome(donor).state == "finished"  # as the report says
+    assert {arm for arm, seed in sweep.starts() if seed != 100} == set()
+
+
+def test_a_failure_in_the_ledger_does_not_go_before_a_run_that_the_report_has_as_finished(known):
     file = known([LOW])
     fresh = later([LOW])
-    run = fresh.script("low", 0, "crash")
+    run = fresh.script("low", 0, "data")  # exits before there is a directory
+    assert fresh.launch() == 1 and fresh.place.outcome(run).state == "failed"
+    sweep = later([LOW], file)
+    assert sweep.place.outcome(run).state == "finished" and sweep.launch() == 0
+    results = of_plan(sweep.plan(), sweep.place)
+    assert not results.unfinished and len(results.values("low", results.metric)) == 2
+
+
+def test_the_report_must_have_the_number_that_runs_are_compared_by(known):
+    file = known([LOW])
+    with pytest.raises(
+        ConfigError, match=r"no run in it has the number that runs are compared by here, val loss \(last, nats\)"
+    ):
+        Earlier(file).check("acted", "smoke", Metric(unit="nats"))
+
+
+def test_numbers_that_need_a_curve_and_another_run_are_said_to_be_unknown(known):
+    metric = Metric(kind="steps_to", target="high")
+    claim = Claim(statement="sooner", source="x", arm="low", against="high", rule=Rule(), metric=metric)
+    sweep = later([LOW, HIGH], known([LOW, HIGH]))
+    sweep.experiment = dataclasses.replace(sweep.experiment, claims=[claim])
+    notes = of_plan(sweep.plan(), sweep.place).notes
+    assert f"of 4 of them {metric.label} is not known" in notes
+
+
+def test_runs_with_another_evaluation_are_told(known):
+    file = known([LOW])
+    content = json.loads(file.read_text())
+    for run in content["runs"]:
+        run["config"]["evaluate"]["batches"] = 77
+    file.write_text(json.dumps(content | {"warnings": ["the rules were changed after the first run"]}))
+    sweep = later([LOW], file)
+    notes = of_plan(sweep.plan(), sweep.place).notes
+    assert "2 runs were made with another evaluate.batches than planned" in notes
+    assert "the earlier report said: the rules were changed after the first run" in notes
+
+
+def test_a_second_report_that_lacks_runs_of_the_first_is_refused(known):
+    first, second = known([LOW]).rename("first.json"), known([HIGH])
+    later([LOW, HIGH], first).place.keep_earlier()
+    with pytest.raises(ConfigError, match=r"goes by .*earlier.json already, which has 2 runs that report.json has not"):
+        later([LOW, HIGH], second)
+
+
+def test_a_donor_that_is_made_again_is_submitted_to_slurm_and_its_dependant_waits(known):
+    from trainer.sweep.slurm import may_start
+
+    student = Arm("student", {"train.teacher.run": RunOf("low"), "model.layers": 1})
+    sweep = later([LOW, HIGH, student], known([LOW, HIGH]))
+    made = sweep.place.to_make(sweep.plan())
+    assert {run.arm for run in made} == {"low", "student"}
+    assert {run.arm for run in made if may_start(sweep.place, run)} == {"low"}
+
+
+@pytest.mark.parametrize("key", ["step", "numbers", "versions", "config"])
+def test_a_report_whose_runs_lack_something_is_refused(known, key):
+    file = known([LOW])
+    content = json.loads(file.read_text())
+    del content["runs"][0][key]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"report.json: not a report.json whose runs have numbers .*{key}"):
+        Earlier(file)
+
+
+def test_what_failed_here_leaves_what_the_report_has_and_what_ended_here_goes_before_it(known):
+    file = known([LOW])
+    fresh = later([LOW])
+    first, second = fresh.script("low", 0, "crash"), fresh.script("low", 1, "diverge")
     assert fresh.launch(retries=0) == 1
     sweep = later([LOW], file)
-    assert sweep.place.outcome(run).state == "failed" and sweep.place.remembered(run) is None
-    assert sweep.place.to_make(sweep.plan()) == [run]
+    assert [sweep.place.outcome(run).state for run in (first, second)] == ["finished", "diverged"]
+    assert sweep.place.to_make(sweep.plan()) == [] and sweep.place.remembered(second) is None
+    assert list(of_plan(sweep.plan(), sweep.place).values("low", sweep.experiment.metric)) == [0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def read_results(target: str, *, scale: str | None = None, runs: str = "runs", e
     name = source.experiment.choose_scale(scale)
     before = None if earlier is None else Earlier(earlier)
     if before is not None:
-        before.check(source.experiment.name, name)
+        before.check(source.experiment.name, name, source.experiment.metric)
     place = Place(runs, f"{source.experiment.name}-{name}", before)
     return of_plan(make_plan(source, name, score=place.score(source.experiment.metric), runs_at=place.runs), place)
 
@@ -218,24 +218,36 @@ def of_plan(plan: Plan, place: Place) -> Results:
 
 
 def _remembered(plan: Plan, place: Place, records: Sequence[Record]) -> list[str]:
-    """Give what an earlier report says of them to the runs that are gone; notes of which these are."""
+    """Give what an earlier report says of them to the runs that are gone; which these are, and what is not known, in words."""
+    earlier = place.earlier
+    if earlier is None:
+        return []
     taken: Counter[str] = Counter()
+    lacking: Counter[str] = Counter()
+    labels = {metric.label for metric in (*plan.experiment.also, *(c.metric for c in plan.claims if c.metric is not None))}
+    differences = []
     for run, record in zip(plan.runs, records, strict=True):
-        if place.earlier is None or place.remembered(run) is None:
+        known = earlier.find(run)
+        if known is None or place.remembered(run) is None or record.state == "running":
             continue
         taken[run.arm] += 1
-        known = place.earlier.runs[run.directory]
-        record.numbers = {label: (value, bound) for label, (value, bound) in known["numbers"].items()}
-        record.versions, record.machine = tuple(known["versions"]), known["machine"]
-        record.modules, record.environment = tuple(known["modules"].items()), known["environment"]
-    if place.earlier is None or not taken:
+        lacking.update(labels - known.numbers.keys() if record.state == "finished" and run.stage == "compare" else ())
+        differences.append((record.config, known.config))
+        record.numbers, record.machine = known.numbers, known.machine
+        record.versions, record.modules = known.versions, known.modules
+        changes = earlier.changes.get(known.versions[0]) if known.versions else None
+        record.environment = {**known.environment, **({"source": changes} if changes else {})}
+    if not taken:
         return []
     arms = ", ".join(f"{arm} {count}" for arm, count in taken.items())
-    started = [{"event": "plan", "rules": place.earlier.rules}, {"event": "end"}]
+    started = [{"event": "plan", "rules": earlier.rules}, {"event": "end"}]
     return [
-        f"{taken.total()} runs are known from an earlier report alone, made {place.earlier.made[:10]}; their directories were "
-        f"not read, and they are in no curve ({arms})",
+        f"{taken.total()} runs are known from an earlier report alone, made {earlier.made[:10]}; their directories were not "
+        f"read, and they are in no curve ({arms})",
+        *(f"of {count} of them {label} is not known" for label, count in sorted(lacking.items())),
+        *_differences(differences),
         *(f"{note} for the earlier report" for note in changed_rules(plan, started)),
+        *(f"the earlier report said: {text}" for text in earlier.changed),
     ]
 
 
@@ -247,16 +259,18 @@ def _anywhere(text: str, run: Run, place: Place) -> str:
 
 
 def _foreign_configs(records: Sequence[Record]) -> list[str]:
-    """Directories whose config differs from the planned one in keys that are not part of the identity."""
-    notes: dict[str, int] = {}
-    for record in records:
-        there = read_json(record.directory / "config.json")
-        if there is None or there == record.config:
-            continue
-        for key in sorted(_flat_difference(record.config, there)):
-            if not key.startswith(("log.", "checkpoint.", "diagnostics.", "plugins")):
-                notes[key] = notes.get(key, 0) + 1
-    return [f"{count} runs were made with another {key} than planned" for key, count in notes.items()]
+    """Of run directories whose config differs from the planned one in keys that are not part of the identity."""
+    found = ((record.config, read_json(record.directory / "config.json")) for record in records)
+    return _differences((planned, there) for planned, there in found if there is not None)
+
+
+def _differences(configs: Iterable[tuple[Any, Any]]) -> list[str]:
+    """Of pairs of configs, as planned and as run: in which keys that matter they differ, and how many."""
+    notes: Counter[str] = Counter()
+    for planned, there in configs:
+        keys = _flat_difference(planned, there) if planned != there else ()
+        notes.update(key for key in keys if not key.startswith(("log.", "checkpoint.", "diagnostics.", "plugins")))
+    return [f"{count} runs were made with another {key} than planned" for key, count in sorted(notes.items())]
 
 
 def _flat_difference(one: Any, two: Any, path: str = "") -> set[str]:

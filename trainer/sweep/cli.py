@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
     scale = source.experiment.choose_scale(arguments.values.get("scale"))
     earlier = Earlier(arguments.values["earlier"]) if "earlier" in arguments.values else None
     if earlier is not None:
-        earlier.check(source.experiment.name, scale)
+        earlier.check(source.experiment.name, scale, source.experiment.metric)
     place = Place(arguments.values.get("runs", "runs"), f"{source.experiment.name}-{scale}", earlier)
 
     def again() -> Plan:

@@ -118,14 +118,15 @@ def status_lines(place: Place, plan: Plan) -> list[str]:
     for run in plan.runs:
         found = place.outcome(run, ends)
         states[found.state] = states.get(found.state, 0) + 1
-        share, loss, left = progress(place, run) if found.state != "missing" else ("", "", "")
+        known = found.ended and place.remembered(run) is not None
+        share, loss, left = ("known from an earlier report", "", "") if known else ("", "", "")
+        if found.state != "missing" and not known:
+            share, loss, left = progress(place, run)
         words = [f"{found.state:<9}", f"{run.title:<{width}}", f"{share:<22}", f"{loss:>8}"]
         if found.state == "running" and left:
             words.append(f"{left} left")
         if found.message and found.state != "finished":
             words.append(found.message[:160])
-        if place.remembered(run) is not None:
-            words.append("known from an earlier report")
         lines.append("  ".join(words).rstrip())
     if plan.later:
         lines.append(f"later      {plan.later} runs whose config is chosen when the tuning runs have ended")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,30 @@ from trainer.sweep.outcome import OVER, Outcome
 from trainer.sweep.plan import Run
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A run that is over, as the report has it.
+
+    Attributes:
+      numbers: by label of a metric: the value, and whether it is only a bound.
+      versions, modules, machine, environment: as of a `trainer.report.records.Record`.
+    """
+
+    found: Outcome
+    numbers: Mapping[str, tuple[float, bool]]
+    config: Mapping[str, Any]
+    versions: tuple[str, ...]
+    modules: tuple[tuple[str, str], ...]
+    machine: str
+    environment: Mapping[str, Any]
+
+
 class Earlier:
     """A `report.json` of the same experiment, to take from it what there is no run directory for.
 
-    A run is the same if its directory has the same name, which is a hash of its config and its seed. Curves are not in a
-    report: a run known from one has its numbers and is in no figure of curves, and no other run can start from it.
+    A run is the same if its directory has the same name, which is a hash of its config and its seed, and it was to make as many
+    updates. Curves are not in a report: a run known from one has its numbers and is in no figure of curves, no other run can
+    start from it, and what needs both its curve and another run's, such as steps to an arm's best loss, is not known.
 
     Args:
       path: of the `report.json`.
@@ -33,31 +53,54 @@ class Earlier:
             self._text = self.path.read_text()
             content = json.loads(self._text)
             self.title, self.scale, self.made, self.rules = (content[key] for key in ("title", "scale", "made", "rules"))
-            over = [run | {"numbers": dict(run["numbers"])} for run in content["runs"] if run["state"] in OVER]
-            self.runs: dict[str, Mapping[str, Any]] = {run["directory"]: run for run in over}
+            self.changed = tuple(text for text in content["warnings"] if "were changed after" in text)
+            self.changes: Mapping[str, Any] = dict(content["changes"])
+            self._runs = {run["directory"]: _known(run) for run in content["runs"] if run["state"] in OVER}
         except OSError as error:
-            raise ConfigError(f"--earlier {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"earlier report {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"--earlier {path}: not a report.json whose runs have numbers ({type(error).__name__}: {error})"
+                f"earlier report {path}: not a report.json whose runs have numbers ({type(error).__name__}: {error})"
             ) from None
 
-    def check(self, title: str, scale: str) -> None:
-        """Raises `ConfigError` if the report is of something else."""
+    def check(self, title: str, scale: str, metric: Metric) -> None:
+        """Raises `ConfigError` if the report is of something else, or its runs are compared by something else."""
         if (self.title, self.scale) != (title, scale):
-            raise ConfigError(f"--earlier {self.path} is of {self.title} at scale {self.scale}, this one of {title} at {scale}")
+            raise ConfigError(
+                f"earlier report {self.path} is of {self.title} at scale {self.scale}, this one of {title} at {scale}"
+            )
+        labels = {label for known in self._runs.values() for label in known.numbers}
+        if labels and metric.label not in labels:
+            raise ConfigError(
+                f"earlier report {self.path}: no run in it has the number that runs are compared by here, {metric.label}; "
+                f"they have {', '.join(sorted(labels))}"
+            )
 
-    def outcome(self, run: Run) -> Outcome | None:
-        """What the report says of a run; None if it has none that is over."""
-        known = self.runs.get(run.directory)
-        return None if known is None else Outcome(known["state"], known["step"], known["message"])
+    def find(self, run: Run) -> Known | None:
+        """What the report has of a run that is over there; None if nothing, or of a run of another length."""
+        known = self._runs.get(run.directory)
+        if known is None or (run.kind == "train" and known.config["train"]["steps"] != run.steps):
+            return None
+        return known
 
-    def score(self, run: Run, metric: Metric) -> float | None:
-        """The number of a run that the report has as finished."""
-        known = self.runs.get(run.directory)
-        found = None if known is None or known["state"] != "finished" else known["numbers"].get(metric.label)
-        return None if found is None else found[0]
+    def unknown_to(self, other: Earlier) -> list[str]:
+        """Directories of runs that another report has nothing of."""
+        return [name for name in self._runs if name not in other._runs]
 
     def keep(self, path: Path) -> None:
         """Copy the report, so that a sweep does not depend on where it was."""
         write_bytes_atomic(path, self._text.encode())
+
+
+def _known(run: Mapping[str, Any]) -> Known:
+    if not isinstance(run["config"].get("train", {"steps": 0})["steps"], int):
+        raise ValueError("train.steps is no number")
+    return Known(
+        Outcome(str(run["state"]), int(run["step"]), str(run["message"])),
+        {str(label): (float(value), bool(bound)) for label, (value, bound) in run["numbers"].items()},
+        run["config"],
+        tuple(run["versions"]),
+        tuple(run["modules"].items()),
+        str(run["machine"]),
+        dict(run["environment"]),
+    )

@@ -244,10 +244,10 @@ class Launcher:
                     self._end(run, found, None)
                 self.compiled.add(run.group)
                 continue
-            if run.directory not in ahead:  # an earlier report knows it
-                continue
             if start is not None:
                 self._end(run, Outcome("lost", found.step, "its process is gone without a word"), None)
+            if run.directory not in ahead:  # an earlier report knows it
+                continue
             if found.step:
                 self.compiled.add(run.group)
             waiting.append(run)

@@ -38,6 +38,9 @@ class Place:
       runs: the directory of run directories.
       name: of the sweep.
       earlier: knows runs whose directories are gone; None: what `keep_earlier` has kept, if anything.
+
+    Raises:
+      ConfigError: what was kept is damaged, or knows runs that `earlier` does not.
     """
 
     def __init__(self, runs: str | os.PathLike[str], name: str, earlier: Earlier | None = None):
@@ -45,7 +48,15 @@ class Place:
         self.path = self.runs / "sweeps" / name
         self.ledger = Ledger(self.path)
         kept = self.path / "earlier.json"
-        self.earlier = Earlier(kept) if earlier is None and kept.is_file() else earlier
+        self.earlier = earlier
+        if kept.is_file():
+            before = Earlier(kept)
+            self.earlier = earlier or before
+            if lost := before.unknown_to(self.earlier):
+                raise ConfigError(
+                    f"this sweep goes by {kept} already, which has {len(lost)} runs that {self.earlier.path} has not, such as "
+                    f"{lost[0]}: make one report of what is known (python -m trainer.report) and give that, or remove {kept}"
+                )
 
     def directory(self, run: Run) -> Path:
         """The run directory."""
@@ -116,21 +127,33 @@ class Place:
         report of runs whose directory is gone.
         """
         found = outcome(self.directory(run), run.steps)
+        if found.state == "running":
+            return found
+        known = self.remembered(run, found)
+        if known is not None and known.ended:
+            return known
         if found.state in ("missing", "broken", "preempted"):
             end = (last_ends(self.ledger.rows()) if ends is None else ends).get(run.directory)
             if end and end["outcome"] == "failed":
                 return Outcome("failed", found.step, end.get("message") or found.message)
-        return self.remembered(run) or found if found.state == "missing" else found
+        return known or found
 
-    def remembered(self, run: Run) -> Outcome | None:
-        """What an earlier report alone knows of a run; None for one that has a directory here."""
-        if self.earlier is None or outcome(self.directory(run), run.steps).state != "missing":
+    def remembered(self, run: Run, found: Outcome | None = None) -> Outcome | None:
+        """What an earlier report alone knows of a run, which may have ended there and be at work here again for another that
+        starts from it. None if it ended here, or failed there and there is anything of it here.
+
+        Args:
+          found: what its directory says, if that has been read.
+        """
+        known = None if self.earlier is None else self.earlier.find(run)
+        if known is None:
             return None
-        return self.earlier.outcome(run)
+        found = found or outcome(self.directory(run), run.steps)
+        return None if found.ended or (found.state != "missing" and not known.found.ended) else known.found
 
     def to_make(self, plan: Plan) -> list[Run]:
-        """The runs of a plan that have not ended, each once; with those that an earlier report knows alone, where a run that is
-        to be made starts from them.
+        """The runs of a plan that have not ended, each once, failed ones among them; with those that an earlier report alone
+        knows, where a run that is to be made starts from them.
         """
         ends = last_ends(self.ledger.rows())
         gone = {run.directory: run for run in plan.distinct if self.remembered(run) is not None}
@@ -143,16 +166,19 @@ class Place:
         return [run for run in plan.distinct if run.directory in made]
 
     def score(self, metric: outcomes.Metric) -> Score:
-        """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number. What an
-        earlier report has of a run that is not here counts as well.
+        """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number.
+
+        Where an earlier report has a number, that one counts: a run that is made again, for others to start from, may round to
+        another on another machine, and must not change what has been chosen.
         """
 
         ends = last_ends(self.ledger.rows())
 
         def score(run: Run) -> tuple[bool, float | None]:
             found = outcome(self.directory(run), run.steps)
-            if self.earlier is not None and self.remembered(run) is not None:
-                return True, self.earlier.score(run, metric)
+            known = None if self.earlier is None else self.earlier.find(run)
+            if known is not None and (metric.label in known.numbers or found.state == "missing"):
+                return True, known.numbers.get(metric.label, (None,))[0]
             if found.state != "finished":
                 return found.ended or (found.state != "running" and given_up(ends.get(run.directory))), None
             return True, outcomes.value(read_metrics(self.directory(run) / "metrics.jsonl"), metric)
