@@ -233,6 +233,7 @@ def _remembered(plan: Plan, place: Place, records: Sequence[Record]) -> list[str
         taken[run.arm] += 1
         lacking.update(labels - known.numbers.keys() if record.state == "finished" and run.stage == "compare" else ())
         differences.append((record.config, known.config))
+        record.rows = []  # of one that is being made again: a part of a curve
         record.numbers, record.machine = known.numbers, known.machine
         record.versions, record.modules = known.versions, known.modules
         changes = earlier.changes.get(known.versions[0]) if known.versions else None
