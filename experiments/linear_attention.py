@@ -56,7 +56,7 @@ def recall_arms() -> list[Arm]:
             how = {"by_scale": {"smoke": {"data.pairs": pairs // 4}}, "scales": RECALL, "minutes": {"laptop": 1.2}}
             if name in TUNED.get(pairs, ()):
                 how["tune"] = Tuning(space=axis(RATE, [0.0025, 0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
-            arms.append(Arm(f"{name}, {pairs} pairs", changes, part=1 if headline else 2, **how))
+            arms.append(Arm(f"{pairs} pairs: {name}", changes, part=1 if headline else 2, **how))
     return arms
 
 
@@ -100,8 +100,8 @@ def get_experiment() -> Experiment:
         return Claim(
             statement=f"With {pairs} pairs {arm} recalls more than {against}",
             source=source,
-            arm=f"{arm}, {pairs} pairs",
-            against=f"{against}, {pairs} pairs",
+            arm=f"{pairs} pairs: {arm}",
+            against=f"{pairs} pairs: {against}",
             metric=right,
             rule=Rule(effect=0.05),
             scales=RECALL,

@@ -15,7 +15,7 @@ from trainer.report.cli import main, write
 from trainer.report.figures import draw
 from trainer.report.results import of_plan
 from trainer.report.words import sentence
-from trainer.sweep import Arm, Claim, Rule, Scale, Tuning, axis
+from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 
 RATE = "optimizer.direction.learning_rate"
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -181,6 +181,26 @@ def test_many_arms_and_long_names_are_drawn(planted, make_experiment):
     drawings = draw(planted.report(plan))
     assert all(drawing.svg.startswith("<svg") and drawing.svg.rstrip().endswith("</svg>") for drawing in drawings)
     assert next(d for d in drawings if d.name == "curve-val-loss").svg.count("an arm with a rather long") == 10
+
+
+def test_a_loss_that_falls_far_has_a_logarithmic_axis_and_a_share_of_right_answers_none(planted, make_experiment):
+    plan = planted.plan(make_experiment(also=[Metric("accuracy", lower_is_better=False)]))
+    for run in plan.runs:
+        planted.write(run, [99.0, 9.0, 1.0])  # accuracy: 0.01, 0.1, 0.5
+    drawings = {drawing.name: drawing.svg for drawing in draw(planted.report(plan))}
+    powers = {name: "10^{" in drawings[name] or "10</tspan>" in drawings[name] for name in drawings if name.startswith("curve")}
+    assert powers == {"curve-val-loss": True, "curve-train-loss": True, "curve-val-accuracy": False}
+
+
+def test_a_component_is_called_by_its_name_in_a_u_curve(planted, make_experiment):
+    mixer = {"name": "gla", "convolution": 4}
+    arms = [Arm(f"{rate}", {RATE: rate, "model.mixer": mixer}) for rate in (0.1, 0.2, 0.4)]
+    claim = Claim(statement="s", source="x", arm="0.1", against="0.2", rule=Rule())
+    plan = planted.plan(make_experiment(arms=arms, claims=[claim]))
+    for run in plan.runs:
+        planted.write(run, [4.0, 3.0, 2.0])
+    drawings = {drawing.name: drawing.alt for drawing in draw(planted.report(plan))}
+    assert "mixer=gla (convolution=4): 2 at 0.1" in drawings["u-curve-learning_rate"]
 
 
 def test_arms_of_another_task_are_drawn_apart(planted, make_experiment):

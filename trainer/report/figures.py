@@ -102,7 +102,8 @@ def _curves(results: Results, family: str, arms: Sequence[Arm], split: str, name
     axis.set_xlabel("step")
     axis.set_ylabel(name)
     tops = [line.get_ydata() for line in axis.lines]
-    if smallest > 0 and max(float(np.max(y)) for y in tops) / smallest > 20:
+    shares = any(not metric.lower_is_better for metric in (results.metric, *results.also) if metric.name == name)
+    if not shares and smallest > 0 and max(float(np.max(y)) for y in tops) / smallest > 20:
         axis.set_yscale("log")
     add_legend(figure, axis)
     ends = "; ".join(f"{line.get_label()} ends at {line.get_ydata()[-1]:.4g}" for line in axis.lines)

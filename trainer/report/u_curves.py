@@ -33,7 +33,7 @@ def u_curves(results: Results) -> list[Drawing]:
         groups: dict[str, list[tuple[float, float | None, str]]] = {}
         for arm in results.arms:
             if path in arm.changes:
-                rest = ", ".join(f"{p.rsplit('.', 1)[-1]}={v}" for p, v in arm.changes.items() if p != path) or "all"
+                rest = ", ".join(f"{p.rsplit('.', 1)[-1]}={_words(v)}" for p, v in arm.changes.items() if p != path) or "all"
                 for record in _ended(results.of(arm.name)):
                     groups.setdefault(rest, []).append((_at(record.config, path), _final(results, record, metric), ""))
         for name, points in groups.items():
@@ -43,6 +43,16 @@ def u_curves(results: Results) -> list[Drawing]:
     last = [path.rsplit(".", 1)[-1] for path in families]
     names = [name if last.count(name) == 1 else path.replace(".", "-") for name, path in zip(last, families, strict=True)]
     return [_u_curve(name, path, lines, metric) for name, (path, lines) in zip(names, families.items(), strict=True)]
+
+
+def _words(value: Any) -> str:
+    """A value of a config; a component by its name, with what else is given of it."""
+    if isinstance(value, dict) and "name" in value:
+        rest = ", ".join(f"{key}={_words(item)}" for key, item in value.items() if key != "name")
+        return f"{value['name']} ({rest})" if rest else str(value["name"])
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_words, value))}]"
+    return str(value)
 
 
 def _ended(records: Sequence[Record]) -> list[Record]:
