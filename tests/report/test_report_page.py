@@ -192,6 +192,16 @@ def test_a_loss_that_falls_far_has_a_logarithmic_axis_and_a_share_of_right_answe
     assert powers == {"curve-val-loss": True, "curve-train-loss": True, "curve-val-accuracy": False}
 
 
+def test_a_long_note_opens_and_loses_nothing(planted, tmp_path):
+    report = planted.report(planted.write_all(planted.better))
+    report.warnings += ["short & plain", "word " * 80 + "end <b>"]
+    write(report, tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert '<p class="warning" role="note">short &amp; plain</p>' in text
+    note = re.search(r'<details class="warning" role="note"><summary>([^<]*) &hellip;</summary>([^<]*)</details>', text)
+    assert html.unescape(f"{note[1]} {note[2]}") == "word " * 80 + "end <b>"
+
+
 def test_a_component_is_called_by_its_name_in_a_u_curve(planted, make_experiment):
     mixer = {"name": "gla", "convolution": 4}
     arms = [Arm(f"{rate}", {RATE: rate, "model.mixer": mixer}) for rate in (0.1, 0.2, 0.4)]

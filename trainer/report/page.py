@@ -24,6 +24,9 @@ MARKS = {
 }
 """A sign and a class of colour a verdict: neither stands alone, the word is always there."""
 
+LONG = 240
+"""Characters of a note that are shown before it is opened."""
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6168; --paper: #fbfbfa; --card: #ffffff;
   --line: #dcdfe3; --good: #0a6b4a; --bad: #a3271f; --weak: #7a4b00; --open: #3d4f7c; --warn: #fff4d6; --warnink: #5c4300; }
@@ -70,13 +73,13 @@ def render(report: Report, drawings: Sequence[Drawing], comparison: Comparison |
         f"<p>{_text(headline(report))}</p>",
         f'<p class="soft">{_text(sentence(results.note))} Made {_text(report.made)}.</p>',
     ]
-    body += [f'<p class="warning" role="note">{_text(warning)}</p>' for warning in report.warnings]
+    body += [_note(warning) for warning in report.warnings]
     if report.verdicts:
         body += ["<h2>Verdicts</h2>", *(_card(report, index) for index in range(len(report.verdicts)))]
     body += ["<h2>Arms</h2>", *(_table(table) for table in tables.arms(report))]
     if comparison is not None:
         body += [f"<h2>Compared with {_text(comparison.other)}</h2>"]
-        body += [f'<p class="warning" role="note">{_text(note)}</p>' for note in comparison.notes]
+        body += [_note(note) for note in comparison.notes]
         body += [_table(table) for table in tables.not_empty(comparison.tables)]
     body += ["<h2>Figures</h2>"] if drawings else []
     body += [_figure(drawing) for drawing in drawings]
@@ -148,6 +151,15 @@ def _configs(report: Report) -> str:
             text = json.dumps(record.config, indent=1, sort_keys=True)
             parts.append(f"<h3>{_text(arm.name)}</h3>{_code(record.command)}{_code(text)}")
     return "".join(parts)
+
+
+def _note(text: str) -> str:
+    """A box; of a long text, such as a list of every rule that was changed, the beginning, which opens."""
+    if len(text) <= LONG:
+        return f'<p class="warning" role="note">{_text(text)}</p>'
+    begin = text[:LONG].rpartition(" ")[0]
+    rest = text[len(begin) :]
+    return f'<details class="warning" role="note"><summary>{_text(begin)} &hellip;</summary>{_text(rest.strip())}</details>'
 
 
 def _folded(summary: str, content: str) -> str:
