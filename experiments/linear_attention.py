@@ -2,7 +2,7 @@
 
     python -m trainer.sweep experiments/linear_attention.py --scale smoke      minutes
     python -m trainer.sweep experiments/linear_attention.py --part 1           laptop, the headline: 16 pairs
-    python -m trainer.sweep experiments/linear_attention.py                    laptop, with part 2: 4 to 24 pairs, text
+    python -m trainer.sweep experiments/linear_attention.py                    laptop, with parts 2 and 3: 4 to 24 pairs, text
     python -m trainer.report experiments/linear_attention.py
 
 The claims: a state that is only added to (GLA, arXiv:2312.06635) loses pairs where one that is corrected (the delta rule,
@@ -18,6 +18,10 @@ come with: at `laptop` attention 870 k, GLA 886 k, the hybrid 975 k and Gated De
 also gets the short convolution that delta layers have as published, without which it can hardly tell which key a value stood
 behind. Two layers, so that capacity is what is asked for. Against the claims would count: GLA with a convolution as good as the
 delta rule, or softmax attention behind it at equal steps, which the single runs show.
+
+Part 3 was added after the other two had been run: there, Gated DeltaNet recalled as much as the one head of each layer happened
+to remember at first. Its decay, a token's lifetime of 1 / (A dt) tokens, is drawn once a head, and at 16 pairs the accuracies
+of the five seeds followed it [measured here]. If that is the cause, A drawn from [0, 1] instead of [0, 16] should mend it.
 """
 
 from experiments import text
@@ -33,10 +37,15 @@ MIXERS = {
     "kda": {"name": "kda"},
     "hybrid": {"name": "hybrid", "pattern": [GDN, {"name": "attention"}]},
 }
+SLOW_GDN = GDN | {"A_init_range": (0.0, 1.0)}
+SLOW = {
+    "gated_delta_net, slow decay": SLOW_GDN,
+    "hybrid, slow decay": {"name": "hybrid", "pattern": [SLOW_GDN, {"name": "attention"}]},
+}
 HEADLINE = ("attention", "gla", "delta_net")
 PAIRS = (4, 8, 16, 24)
 MAIN, MOST = 16, 24
-TUNED = {MAIN: tuple(MIXERS), MOST: ("gla", "delta_net")}
+TUNED = {MAIN: (*MIXERS, *SLOW), MOST: ("gla", "delta_net", "gated_delta_net", "hybrid", *SLOW)}
 """Mixers whose rate is tuned, by the number of pairs: those that a claim names."""
 RECALL = ["smoke", "laptop", "gpu"]
 ON_TEXT = {
@@ -50,13 +59,13 @@ def recall_arms() -> list[Arm]:
     """Every mixer at every number of pairs; the headline is three mixers at one."""
     arms = []
     for pairs in PAIRS:
-        for name, mixer in MIXERS.items():
-            headline = pairs == MAIN and name in HEADLINE
+        for name, mixer in (MIXERS | (SLOW if pairs in (MAIN, MOST) else {})).items():
+            part = 3 if name in SLOW else 1 if pairs == MAIN and name in HEADLINE else 2
             changes = {"model.mixer": mixer, "data.pairs": pairs}
             how = {"by_scale": {"smoke": {"data.pairs": pairs // 4}}, "scales": RECALL, "minutes": {"laptop": 1.2}}
             if name in TUNED.get(pairs, ()):
                 how["tune"] = Tuning(space=axis(RATE, [0.0025, 0.005, 0.01, 0.02, 0.04]), scales=["laptop"])
-            arms.append(Arm(f"{pairs} pairs: {name}", changes, part=1 if headline else 2, **how))
+            arms.append(Arm(f"{pairs} pairs: {name}", changes, part=part, **how))
     return arms
 
 
@@ -96,14 +105,15 @@ def get_experiment() -> Experiment:
     small = {"data.sequence_length": 24, "data.batch_size": 4, "data.vocabulary": 32, "model.width": 16, "train.steps": 8}
     muon = {"name": "muon", "learning_rate": 0.01, "rest": {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0}}
 
-    def better(arm: str, against: str, pairs: int, source: str) -> Claim:
+    def better(arm: str, against: str, pairs: int, source: str, at_most_worse: float | None = None) -> Claim:
+        how = "recalls more than" if at_most_worse is None else f"recalls at most {at_most_worse:g} less than"
         return Claim(
-            statement=f"With {pairs} pairs {arm} recalls more than {against}",
+            statement=f"With {pairs} pairs {arm} {how} {against}",
             source=source,
             arm=f"{pairs} pairs: {arm}",
             against=f"{pairs} pairs: {against}",
             metric=right,
-            rule=Rule(effect=0.05),
+            rule=Rule(effect=0.05) if at_most_worse is None else Rule(at_most_worse=at_most_worse),
             scales=RECALL,
         )
 
@@ -150,6 +160,14 @@ def get_experiment() -> Experiment:
             better("delta_net", "gla", MOST, "arXiv:2406.06484, abstract [recalled]"),
             better("gated_delta_net", "delta_net", MAIN, "arXiv:2412.06464, abstract [recalled]"),
             better("hybrid", "gated_delta_net", MAIN, "arXiv:2510.26692, abstract [recalled]"),
+            *(
+                better(f"{name}, slow decay", name, MOST, "part 2 of this [measured here]")
+                for name in ("gated_delta_net", "hybrid")
+            ),
+            better("gated_delta_net, slow decay", "gated_delta_net", MAIN, "part 2 of this [measured here]"),
+            better(
+                "gated_delta_net, slow decay", "delta_net", MOST, "arXiv:2412.06464, abstract [recalled]", at_most_worse=0.05
+            ),
             *(
                 Claim(
                     statement=f"On text {one} ends lower than {other}",

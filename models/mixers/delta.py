@@ -43,7 +43,7 @@ class DeltaNet(LinearMixer):
 class GatedDeltaNet(DeltaNet):
     """The delta rule on a state that first decays by e^g, g = -A softplus(x W + b), a number a head (arXiv:2412.06464).
 
-    A starts uniform within [0, 16], the step log-uniform within [0.001, 0.1].
+    A starts uniform within `A_init_range`, as published [0, 16], the step log-uniform within `dt_init_range`, [0.001, 0.1].
     """
 
     op = "gated_delta_rule"
@@ -51,7 +51,7 @@ class GatedDeltaNet(DeltaNet):
     def __init__(self, option: options.GatedDeltaNet, model: options.Model, *, rngs: nnx.Rngs):
         super().__init__(option, model, rngs=rngs)
         self.step_gate = HeadGate(model, self.value_heads, rngs=rngs)
-        self.decay = StepDecay(self.value_heads, None, rates=(0.0, 16.0), rngs=rngs)
+        self.decay = StepDecay(option, self.value_heads, rngs=rngs)
 
     def decays(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """[B, T, value heads]."""
@@ -61,8 +61,9 @@ class GatedDeltaNet(DeltaNet):
 class KDA(DeltaNet):
     """The delta rule on a state whose every key channel first decays by its own e^g (Kimi Delta Attention, arXiv:2510.26692).
 
-    g = -A softplus(x W1 W2 + b), A a number a head that starts uniform within [1, 16], b one a channel such that the step is
-    log-uniform within [0.001, 0.1]. The output gate is low-rank too, with a sigmoid. Initial values as in the fla library.
+    g = -A softplus(x W1 W2 + b), A a number a head that starts uniform within `A_init_range`, b one a channel such that the
+    step is log-uniform within `dt_init_range`. The output gate is low-rank too, with a sigmoid. Initial values as in the fla
+    library.
     """
 
     op = "kda"
@@ -72,7 +73,7 @@ class KDA(DeltaNet):
         super().__init__(option, model, rngs=rngs)
         rank = option.gate_rank or self.value_size
         self.step_gate = Bottleneck(model, rank, self.value_heads * self.key_size, bias=False, rngs=rngs)
-        self.decay = StepDecay(self.value_heads, self.key_size, rates=(1.0, 16.0), rngs=rngs)
+        self.decay = StepDecay(option, self.value_heads, self.key_size, rngs=rngs)
         units = self.value_heads * self.value_size
         self.gate = Bottleneck(model, rank, units, bias=True, rngs=rngs) if option.gate else None
 

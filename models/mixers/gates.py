@@ -9,6 +9,7 @@ with AdamW, but for KDA, whose Muon as far as known took every matrix.)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,6 @@ from flax import nnx
 from models import options
 from models.layers.linear import normal, product
 from models.layers.parameter import parameter
-
-Range = tuple[float, float]
 
 
 class HeadGate(nnx.Module):
@@ -51,18 +50,18 @@ class Bottleneck(nnx.Module):
 class StepDecay(nnx.Module):
     """Mamba's decay: `g = -exp(A_log) dt`, `dt = softplus(logits + dt_bias)` (Gu and Dao 2023, arXiv:2312.00752).
 
-    At the start exp(A_log) is uniform within `rates`, and dt without logits log-uniform within `steps`: a token is kept for
-    between about one step and a thousand.
+    At the start exp(A_log) is uniform within `A_init_range`, and dt without logits log-uniform within `dt_init_range`: as
+    published a token is kept for between about one step and a thousand.
     """
 
-    def __init__(self, heads: int, channels: int | None, *, rates: Range, steps: Range = (1e-3, 0.1), rngs: nnx.Rngs):
+    def __init__(self, option: options.StepDecayMixer, heads: int, channels: int | None = None, *, rngs: nnx.Rngs):
         """One `A_log` a head; one `dt_bias` a head, or with `channels` one a head and channel."""
-        self.A_log = parameter(rngs, (heads,), _log_uniform_rate(rates), role="scalar", axes=("heads",))
+        rate, step = _log_uniform_rate(option.A_init_range), _inverse_softplus(option.dt_init_range)
+        self.A_log = parameter(rngs, (heads,), rate, role="scalar", axes=("heads",))
         if channels is None:
-            self.dt_bias = parameter(rngs, (heads,), _inverse_softplus(steps), role="scalar", axes=("heads",))
+            self.dt_bias = parameter(rngs, (heads,), step, role="scalar", axes=("heads",))
         else:
-            shape, axes = (heads, channels), ("heads", "head_size")
-            self.dt_bias = parameter(rngs, shape, _inverse_softplus(steps), role="vector", axes=axes)
+            self.dt_bias = parameter(rngs, (heads, channels), step, role="vector", axes=("heads", "head_size"))
 
     def __call__(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """float32 [B, T, heads] or [B, T, heads, channels] -> g, at most 0, and dt, both of that shape."""
@@ -76,12 +75,12 @@ def _std(model: options.Model) -> float:
     return model.init_scale * model.width**-0.5
 
 
-def _log_uniform_rate(rates: Range) -> nnx.Initializer:
+def _log_uniform_rate(rates: Sequence[float]) -> nnx.Initializer:
     """The logarithm of a uniform rate; one of zero would never move, so 1e-4 is the least."""
     return lambda key, shape, dtype: jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, *rates), 1e-4))
 
 
-def _inverse_softplus(steps: Range) -> nnx.Initializer:
+def _inverse_softplus(steps: Sequence[float]) -> nnx.Initializer:
     """b with softplus(b) log-uniform within `steps`, at least 1e-4."""
     low, high = (math.log(step) for step in steps)
 

@@ -17,7 +17,7 @@ from models.mixers.linear import LinearMixer, Written
 class SimpleGLA(LinearMixer):
     """The core of Mamba-2: `S <- e^g S + k (dt v)^T`, `o = q S + D v`, g = -A dt, dt = softplus(x W + b) (arXiv:2405.21060).
 
-    q, k, v are the paper's C, B and X. A starts uniform within [1, 16], dt log-uniform within [0.001, 0.1], D at 1.
+    q, k, v are the paper's C, B and X. A starts uniform within `A_init_range`, dt log-uniform within `dt_init_range`, D at 1.
     """
 
     op = "simple_gla"
@@ -29,7 +29,7 @@ class SimpleGLA(LinearMixer):
     def __init__(self, option: options.SimpleGLA, model: options.Model, *, rngs: nnx.Rngs):
         super().__init__(option, model, rngs=rngs)
         self.step_gate = HeadGate(model, self.value_heads, rngs=rngs)
-        self.decay = StepDecay(self.value_heads, None, rates=(1.0, 16.0), rngs=rngs)
+        self.decay = StepDecay(option, self.value_heads, rngs=rngs)
         ones = nnx.initializers.ones
         self.skip = parameter(rngs, (self.value_heads,), ones, role="scalar", axes=("heads",)) if option.skip else None
 

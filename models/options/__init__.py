@@ -26,6 +26,7 @@ from models.options.linear_mixers import (
     LinearAttention,
     Retention,
     SimpleGLA,
+    StepDecayMixer,
 )
 from models.options.linears import NOBLE, Dense, LoRA
 from models.options.mixers import Attention, Hybrid
@@ -86,5 +87,6 @@ __all__ = [
     "SimpleGLA",
     "SquaredReLU",
     "SquaredReLUActivation",
+    "StepDecayMixer",
     "SwiGLU",
 ]

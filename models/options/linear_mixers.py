@@ -194,9 +194,36 @@ class Lightning(LinearMixer):
         return self if self.depth_fraction is not None else dataclasses.replace(self, depth_fraction=layer / layers)
 
 
+@options
+class StepDecayMixer(LinearMixer):
+    """Fields of mixers that decay by Mamba's g = -A dt, where dt = softplus(x W + b).
+
+    A token's lifetime, 1 / (A dt) tokens before training, is drawn once a head: with few heads, the seed decides how much they
+    remember at first (docs/linear_mixers.md).
+    """
+
+    A_init_range: tuple[float, ...] = option(
+        (1.0, 16.0), "A at the start is uniform within these two, and at least 1e-4", least=0, added="0.2"
+    )
+    dt_init_range: tuple[float, ...] = option(
+        (1e-3, 0.1), "softplus(b) at the start is log-uniform within these two", least=1e-4, added="0.2"
+    )
+
+    def problems(self) -> Iterator[Iterator[tuple[str, str]]]:
+        """A range has two ends, the smaller one first."""
+        yield from super().problems()
+        yield self._range_problems()
+
+    def _range_problems(self) -> Iterator[tuple[str, str]]:
+        for field in ("A_init_range", "dt_init_range"):
+            given = getattr(self, field)
+            if len(given) != 2 or given[0] > given[1]:
+                yield field, f"is two numbers, the smaller one first, not {list(given)}"
+
+
 @register("model.mixer", "simple_gla", implementation="models.mixers.learned_decay:SimpleGLA")
 @options
-class SimpleGLA(LinearMixer):
+class SimpleGLA(StepDecayMixer):
     """The mixer of Mamba-2: one learned decay a head and token, keys and queries shared by all heads (arXiv:2405.21060).
 
     As published: one group of queries and keys, a state of twice the head size, values twice as wide as the stream, a
@@ -242,7 +269,7 @@ class DeltaNet(LinearMixer):
 
 @register("model.mixer", "gated_delta_net", implementation="models.mixers.delta:GatedDeltaNet")
 @options
-class GatedDeltaNet(LinearMixer):
+class GatedDeltaNet(StepDecayMixer):
     """The delta rule after one learned decay a head and token (Yang et al. 2024, arXiv:2412.06464)."""
 
     heads: int | None = option(
@@ -254,6 +281,9 @@ class GatedDeltaNet(LinearMixer):
     expand_v: float = option(2.0, "value size of a head over the model's head size", above=0)
     convolution: int = option(4, TAPS, least=0, most=16)
     negative_eigenvalues: bool = option(False, "beta within [0, 2] instead of [0, 1] (arXiv:2411.12537)")
+    A_init_range: tuple[float, ...] = option(
+        (0.0, 16.0), "A at the start is uniform within these two, and at least 1e-4", least=0, added="0.2"
+    )
 
     default_heads = "3/4 of the model's, rounded up"
     delta = True
@@ -266,7 +296,7 @@ class GatedDeltaNet(LinearMixer):
 
 @register("model.mixer", "kda", implementation="models.mixers.delta:KDA")
 @options
-class KDA(LinearMixer):
+class KDA(StepDecayMixer):
     """Kimi Delta Attention: the delta rule after a learned decay for every key channel (2025, arXiv:2510.26692)."""
 
     convolution: int = option(4, TAPS, least=0, most=16)

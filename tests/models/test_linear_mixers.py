@@ -216,16 +216,20 @@ def test_a_short_convolution_is_a_causal_sum_over_its_taps_within_a_document():
     np.testing.assert_array_equal(last, x[:, -3:])
 
 
-def test_mamba_and_kimi_gates_start_within_their_published_ranges():
+def test_mamba_and_kimi_gates_start_within_their_published_ranges_or_those_given():
+    given = {"A_init_range": (0.0, 0.5), "dt_init_range": (0.01, 0.01)}
     for name, low, high in (("simple_gla", 1, 16), ("gated_delta_net", 0, 16), ("kda", 1, 16)):
 
-        def drawn(name=name) -> tuple[jax.Array, jax.Array]:
-            decay = fresh({"name": name, "heads": 8, "value_heads": 8}).decay
+        def drawn(name=name, **ranges) -> tuple[jax.Array, jax.Array]:
+            decay = fresh({"name": name, "heads": 8, "value_heads": 8, **ranges}).decay
             return jnp.exp(decay.A_log[...]), jax.nn.softplus(decay.dt_bias[...])
 
         rates, steps = jax.jit(drawn)()
         assert low <= rates.min() < rates.max() <= high + 1e-4, name
         assert 1e-3 - 1e-6 <= steps.min() < steps.max() <= 0.1 + 1e-6, name
+        rates, steps = jax.jit(functools.partial(drawn, **given))()
+        assert 1e-4 - 1e-6 <= rates.min() < rates.max() <= 0.5 + 1e-6, name
+        np.testing.assert_allclose(steps, 0.01, rtol=1e-4)
 
 
 def test_hedgehog_starts_with_the_identity():
@@ -294,6 +298,12 @@ def test_training_flops_are_those_of_the_chunked_algebra():
         ({"name": "retention", "expand_k": 0.125}, "rotary positions need an even key size, not 1"),
         ({"name": "delta_net", "convolution": 1}, "one tap is a gain"),
         ({"name": "kda", "chunk_size": 48}, "a power of two of tokens, not 48"),
+        (
+            {"name": "kda", "A_init_range": (2.0, 1.0)},
+            "A_init_range = (2.0, 1.0)\n      is two numbers, the smaller one first, not [2.0, 1.0]",
+        ),
+        ({"name": "simple_gla", "dt_init_range": (0.1,)}, "is two numbers, the smaller one first, not [0.1]"),
+        ({"name": "gated_delta_net", "dt_init_range": (0.0, 0.1)}, "dt_init_range"),
         ({"name": "linear_attention", "feature_map": "identity"}, "give normalizer = False"),
         ({"name": "linear_attention", "backend": "triton"}, "one of 'auto', 'reference'"),
     ],
