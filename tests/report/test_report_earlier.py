@@ -8,13 +8,24 @@ import pytest
 from strata import ConfigError
 from tests.report.conftest import FILE
 from trainer.report.analysis import analyse, to_json
+from trainer.report.cli import write
+from trainer.report.curves import curves, drawn_rows
 from trainer.report.figures import draw
+from trainer.report.records import make_record
 from trainer.report.results import read_results
 from trainer.report.tables import runs
 from trainer.report.verdicts import REPRODUCED
+from trainer.sweep.outcome import Outcome
 
 TUNED = 'tune=Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5, 0.9]), seeds=[100])'
 ENDS = {"a": [2.1, 2.0, 2.2, 2.05, 2.15], "b": [1.1, 1.2, 1.0, 1.15, 1.05]}
+
+
+def fields(run):
+    """What a plan knows of a run, for its record."""
+    config = json.loads(run.config)
+    known = {name: getattr(run, name) for name in ("arm", "seed", "stage", "point", "command", "tokens")}
+    return known | {"config": config, "steps": 0}
 
 
 @pytest.fixture
@@ -28,7 +39,7 @@ def report_file(planted):
             planted.write(run, [4.0, 3.0, end])
     plan = planted.plan()
     planted.place.write_plan(plan)
-    (planted.root / "report.json").write_text(json.dumps(to_json(analyse(read_results("planted.py")))))
+    planted.drawings = write(analyse(read_results("planted.py")), planted.root)
     for run in plan.runs:
         if run.arm == "b":
             shutil.rmtree(planted.place.directory(run))
@@ -49,10 +60,37 @@ def test_what_is_gone_counts_as_the_report_said(planted, report_file):
 
 
 def test_it_is_in_pictures_of_numbers_and_in_none_of_curves(report_file):
-    drawings = {drawing.name: drawing for drawing in draw(analyse(read_results("planted.py", earlier=report_file)))}
+    report_file.with_name("report.curves.jsonl").unlink()
+    report = analyse(read_results("planted.py", earlier=report_file))
+    drawings = {drawing.name: drawing for drawing in draw(report)}
     curves = [drawing for name, drawing in drawings.items() if name.startswith("curve")]
     assert curves and all("a (n = 5)" in drawing.alt and "b (n" not in drawing.alt for drawing in curves)
     assert any("b (tuning)" in drawing.alt for drawing in drawings.values())
+    assert any("8 runs are known" in text and "and 5 are in no curve (b 8)" in text for text in report.warnings)
+
+
+def test_curves_that_the_report_kept_are_drawn_as_they_were_and_kept_on(planted, report_file):
+    before = {drawing.name: drawing.svg for drawing in planted.drawings}
+    report = analyse(read_results("planted.py", earlier=report_file))
+    after = {drawing.name: drawing.svg for drawing in draw(report)}
+    assert {"curve-val-loss", "curve-train-loss", "speed"} <= after.keys() == before.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+    assert curves(report.results) == report_file.with_name("report.curves.jsonl").read_text()
+    assert not any("no curve" in text for text in report.warnings)
+
+
+def test_what_is_drawn_of_a_long_run_is_thinned_and_its_evaluations_are_whole(planted):
+    run = planted.plan().runs[0]
+    losses = [4 - (step / 100) ** 0.5 for step in range(300)]
+    record = make_record(planted.write(run, losses, arrays=True), Outcome("finished"), **fields(run))
+    rows = drawn_rows(record, [("val", "loss"), ("train", "loss")])
+    evaluations = [(row["step"], row["loss"], row["accuracy"]) for row in rows if row["split"] == "val"]
+    assert evaluations == [(step, loss, 1 / (1 + loss)) for step, loss in enumerate(losses, start=1)]
+    training = [row for row in rows if row["split"] == "train"]
+    assert len(training) == 64 and (training[0]["step"], training[-1]["step"]) == (1, 300)
+    for row in training:
+        loss = losses[row["step"] - 1]
+        assert row["loss"] == float(f"{loss:.5g}") and row["grad_norm_by_layer"][:2] == [row["loss"], float(f"{2 * loss:.5g}")]
 
 
 def test_runs_that_have_ended_here_are_read_here(planted, report_file):

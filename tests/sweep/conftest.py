@@ -1,5 +1,6 @@
 """Sweeps over a config that trains in well under a second, and runs that are acted by a script without JAX."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from trainer.sweep import Arm, Experiment, Scale
+from trainer.sweep.display import Display
+from trainer.sweep.launcher import Launcher
 from trainer.sweep.place import Place
+from trainer.sweep.plan import make_plan
+from trainer.sweep.reading import Source
+from trainer.sweep.slots import Slot
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTOR = Path(__file__).with_name("actor.py")
@@ -42,6 +49,39 @@ def get_experiment():
         claims=[Claim(statement="high is better", source="[made up]", arm="high", against="low", rule=Rule())],
     )
 """
+
+
+RATE = "optimizer.direction.learning_rate"
+
+
+class Sweep:
+    """One experiment of two arms and two seeds, launched as often as a test likes."""
+
+    def __init__(self, arms=None):
+        arms = arms or [Arm("low", {RATE: 1e-3}), Arm("high", {RATE: 1e-1})]
+        self.experiment = Experiment(name="acted", config="small.py:8", arms=arms, scales={"smoke": Scale(seeds=2)})
+        self.place = Place("runs", "acted-smoke")
+        self.output = io.StringIO()
+
+    def plan(self):
+        source = Source(self.experiment, Path("experiment.py"), "")
+        return make_plan(source, "smoke", score=self.place.score(self.experiment.metric))
+
+    def script(self, arm, seed, words):
+        run = next(run for run in self.plan().runs if run.arm == arm and run.seed == seed)
+        self.place.runs.mkdir(exist_ok=True)
+        (self.place.runs / f"{run.directory}.script").write_text(words)
+        return run
+
+    def launch(self, slots=1, **rest):
+        launcher = Launcher(self.place, [Slot(i) for i in range(slots)], Display(self.place, self.output), **rest)
+        return launcher.run(self.plan(), self.plan)
+
+    def ends(self):
+        return [(row["arm"], row["seed"], row["outcome"]) for row in self.place.ledger.rows() if row["event"] == "end"]
+
+    def starts(self):
+        return [(row["arm"], row["seed"]) for row in self.place.ledger.rows() if row["event"] == "start"]
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from strata import ConfigError
-from tests.sweep.test_sweep_launcher import RATE, Sweep
+from tests.sweep.conftest import RATE, Sweep
 from trainer.report.analysis import analyse, to_json
+from trainer.report.curves import curves as report_curves
 from trainer.report.results import of_plan, read_results
 from trainer.sweep import Arm, Claim, Metric, Rule, RunOf, Tuning, axis
 from trainer.sweep.cost import describe_cost, describe_runs
@@ -29,10 +30,13 @@ def tuned(*rates):
 def known(acted):
     """A function from arms to the file of their report, made of runs whose directories, and whose sweep's, are gone."""
 
-    def make(arms):
+    def make(arms, curves=False):
         sweep = Sweep(arms)
         assert sweep.launch() == 0
-        Path("report.json").write_text(json.dumps(to_json(analyse(of_plan(sweep.plan(), sweep.place)))))
+        results = of_plan(sweep.plan(), sweep.place)
+        Path("report.json").write_text(json.dumps(to_json(analyse(results))))
+        if curves:
+            Path("report.curves.jsonl").write_text(report_curves(results))
         shutil.rmtree("runs")
         return Path("report.json")
 
@@ -143,13 +147,44 @@ def test_the_report_must_have_the_number_that_runs_are_compared_by(known):
         Earlier(file).check("acted", "smoke", Metric(unit="nats"))
 
 
-def test_numbers_that_need_a_curve_and_another_run_are_said_to_be_unknown(known):
-    metric = Metric(kind="steps_to", target="high")
-    claim = Claim(statement="sooner", source="x", arm="low", against="high", rule=Rule(), metric=metric)
-    sweep = later([LOW, HIGH], known([LOW, HIGH]))
-    sweep.experiment = dataclasses.replace(sweep.experiment, claims=[claim])
-    notes = of_plan(sweep.plan(), sweep.place).notes
-    assert f"of 4 of them {metric.label} is not known" in notes
+@pytest.mark.parametrize("curves", [False, True])
+def test_steps_to_another_arms_loss_are_known_where_the_report_kept_its_curves_and_seconds_are_not(known, curves):
+    steps, seconds = (Metric(kind=kind, target="high") for kind in ("steps_to", "seconds_to"))
+    claims = [Claim(statement=m.kind, source="x", arm="low", against="high", rule=Rule(), metric=m) for m in (steps, seconds)]
+    sweep = later([LOW, HIGH], known([LOW, HIGH], curves=curves))
+    sweep.experiment = dataclasses.replace(sweep.experiment, claims=claims)
+    results = of_plan(sweep.plan(), sweep.place)
+    lacking = {f"of 4 of them {metric.label} is not known" for metric in ((seconds,) if curves else (steps, seconds))}
+    assert lacking == {note for note in results.notes if note.endswith("is not known")}
+    found = {arm: set(results.values(arm, steps).values()) for arm in ("low", "high")}
+    # The actor's loss is 1 / step, and 2 more for the high rate, whose last is 2.125.
+    assert found == ({"low": {(1.0, False)}, "high": {(8.0, False)}} if curves else {"low": {None}, "high": {None}})
+    assert set(results.values("low", seconds).values()) == {None}
+
+
+def test_the_sweep_keeps_the_curves_too_and_a_report_without_them_takes_them_away(known):
+    file = known([LOW], curves=True)
+    later([LOW], file).place.keep_earlier()
+    kept = Path("runs/sweeps/acted-smoke/earlier.curves.jsonl")
+    assert kept.read_bytes() == Path("report.curves.jsonl").read_bytes()
+    Path("report.curves.jsonl").unlink()
+    sweep = later([LOW])  # goes by its own copy
+    assert all(len(record.rows) == 16 for record in of_plan(sweep.plan(), sweep.place).of("low"))
+    later([LOW], file).place.keep_earlier()
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"step": 1, "split": "val", "loss": 1.0}', "does not say of which run"), ("}", "line 17 of .* is not a row")],
+)
+def test_damaged_curves_are_refused(known, line, said):
+    file = known([LOW], curves=True)
+    curves = Path("report.curves.jsonl")
+    lines = curves.read_text().splitlines()[:16]
+    curves.write_text("\n".join([*lines, line, ""]))
+    with pytest.raises(ConfigError, match=said):
+        Earlier(file)
 
 
 def test_runs_with_another_evaluation_are_told(known):

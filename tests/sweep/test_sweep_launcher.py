@@ -1,7 +1,6 @@
 """The local launcher, with runs that are acted (`actor.py`): order, slots, retries, stopping, and starting again."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from strata import ConfigError
+from tests.sweep.conftest import RATE, Sweep
 from trainer.metrics import read_metrics
-from trainer.sweep import Arm, Claim, Experiment, Rule, RunOf, Scale, Tuning, axis
+from trainer.sweep import Arm, Claim, Experiment, Rule, RunOf, Tuning, axis
 from trainer.sweep.display import Display, status_lines
 from trainer.sweep.launcher import Launcher
 from trainer.sweep.ledger import by_run
@@ -22,38 +22,6 @@ from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import Source
 from trainer.sweep.slots import Slot, make_slots
-
-RATE = "optimizer.direction.learning_rate"
-
-
-class Sweep:
-    """One experiment of two arms and two seeds, launched as often as a test likes."""
-
-    def __init__(self, arms=None):
-        arms = arms or [Arm("low", {RATE: 1e-3}), Arm("high", {RATE: 1e-1})]
-        self.experiment = Experiment(name="acted", config="small.py:8", arms=arms, scales={"smoke": Scale(seeds=2)})
-        self.place = Place("runs", "acted-smoke")
-        self.output = io.StringIO()
-
-    def plan(self):
-        source = Source(self.experiment, Path("experiment.py"), "")
-        return make_plan(source, "smoke", score=self.place.score(self.experiment.metric))
-
-    def script(self, arm, seed, words):
-        run = next(run for run in self.plan().runs if run.arm == arm and run.seed == seed)
-        self.place.runs.mkdir(exist_ok=True)
-        (self.place.runs / f"{run.directory}.script").write_text(words)
-        return run
-
-    def launch(self, slots=1, **rest):
-        launcher = Launcher(self.place, [Slot(i) for i in range(slots)], Display(self.place, self.output), **rest)
-        return launcher.run(self.plan(), self.plan)
-
-    def ends(self):
-        return [(row["arm"], row["seed"], row["outcome"]) for row in self.place.ledger.rows() if row["event"] == "end"]
-
-    def starts(self):
-        return [(row["arm"], row["seed"]) for row in self.place.ledger.rows() if row["event"] == "start"]
 
 
 @pytest.fixture

@@ -11,10 +11,12 @@ from pathlib import Path
 from trainer.atomic_files import write_bytes_atomic
 from trainer.report.analysis import Report, analyse, to_json
 from trainer.report.compare import Comparison, compare, read_other
+from trainer.report.curves import curves
 from trainer.report.drawing import Drawing
 from trainer.report.figures import draw
 from trainer.report.results import Results, read_results
 from trainer.report.words import headline
+from trainer.sweep.earlier import curves_beside
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +54,7 @@ def default_place(results: Results, target: str, runs: str) -> Path:
 
 
 def write(report: Report, out: Path, comparison: Comparison | None = None) -> list[Drawing]:
-    """`report.md`, `report.html`, `report.json` and `figures/`; what an earlier report left there is replaced."""
+    """`report` as .md, .html, .json and .curves.jsonl, and `figures/`; what an earlier report left there is replaced."""
     from trainer.report import markdown, page
 
     drawings = draw(report)
@@ -62,5 +64,6 @@ def write(report: Report, out: Path, comparison: Comparison | None = None) -> li
         write_bytes_atomic(out / "figures" / f"{drawing.name}.svg", drawing.svg.encode())
     write_bytes_atomic(out / "report.md", markdown.render(report, drawings, comparison).encode())
     write_bytes_atomic(out / "report.html", page.render(report, drawings, comparison).encode())
+    write_bytes_atomic(curves_beside(out / "report.json"), curves(report.results).encode())
     write_bytes_atomic(out / "report.json", (json.dumps(to_json(report), indent=1, allow_nan=False) + "\n").encode())
     return drawings

@@ -13,6 +13,7 @@ import numpy as np
 from strata import ConfigError
 from trainer.report import statistics
 from trainer.report.analysis import Report
+from trainer.report.curves import curve_names
 from trainer.report.drawing import COLOURS, Drawing, add_legend, finish, look, new_figure
 from trainer.report.heat_maps import heat_maps
 from trainer.report.records import Record
@@ -30,7 +31,7 @@ def draw(report: Report) -> list[Drawing]:
         raise ConfigError("a report needs SciPy and Matplotlib: pip install 'strata-lm[report]'") from None
     results = report.results
     families = _families(results).items()
-    found = [_curves(results, *family, split, name) for split, name in _curve_names(results) for family in families]
+    found = [_curves(results, *family, split, name) for split, name in curve_names(results) for family in families]
     found += [_effects(report), *(_speed(results, *family) for family in families)]
     found += [*heat_maps(results), *u_curves(results)]
     return [drawing for drawing in found if drawing is not None]
@@ -45,19 +46,12 @@ def _families(results: Results) -> dict[str, list[Arm]]:
     return found
 
 
-def _curve_names(results: Results) -> list[tuple[str, str]]:
-    """The metric itself, and the training loss."""
-    names = [(results.metric.split, results.metric.name), ("train", "loss")]
-    names += [(metric.split, metric.name) for metric in results.also if metric.kind == "value"]
-    return list(dict.fromkeys(names))
-
-
 def _looks(results: Results, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """Of arms, the same in every figure of curves. Those that have curves come first: they take colours of their own."""
 
     def curved(arm: str) -> bool:
         runs = results.with_rows(arm)
-        return any(len(_shared_curve(runs, split, name)[0]) > 1 for split, name in _curve_names(results))
+        return any(len(_shared_curve(runs, split, name)[0]) > 1 for split, name in curve_names(results))
 
     names = sorted((arm.name for arm in arms), key=lambda name: not curved(name))
     return {name: look(index) for index, name in enumerate(names)}

@@ -15,7 +15,7 @@ from trainer.report.promises import changed_rules
 from trainer.report.records import Record, make_record, read_json
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
-from trainer.sweep.earlier import Earlier
+from trainer.sweep.earlier import Earlier, needs_training_rows
 from trainer.sweep.experiment import Arm, Claim, Metric
 from trainer.sweep.ledger import last_ends
 from trainer.sweep.needs import with_needed
@@ -84,8 +84,8 @@ class Results:
 
     def value(self, record: Record, metric: Metric) -> tuple[float, bool] | None:
         """As in `values`, of one finished run."""
-        if record.numbers:
-            return record.numbers.get(metric.label)
+        if record.numbers and (metric.label in record.numbers or needs_training_rows(metric)):
+            return record.numbers.get(metric.label)  # a report keeps evaluations whole, training rows only to draw
         if metric.kind == "value":
             number = outcomes.value(record.rows, metric)
             return None if number is None or not math.isfinite(number) else (number, False)
@@ -224,16 +224,21 @@ def _remembered(plan: Plan, place: Place, records: Sequence[Record]) -> list[str
         return []
     taken: Counter[str] = Counter()
     lacking: Counter[str] = Counter()
-    labels = {metric.label for metric in (*plan.experiment.also, *(c.metric for c in plan.claims if c.metric is not None))}
+    metrics = {
+        metric.label: metric for metric in (*plan.experiment.also, *(c.metric for c in plan.claims if c.metric is not None))
+    }
     differences = []
+    curveless = 0
     for run, record in zip(plan.runs, records, strict=True):
         known = earlier.find(run)
         if known is None or place.remembered(run) is None or record.state == "running":
             continue
         taken[run.arm] += 1
-        lacking.update(labels - known.numbers.keys() if record.state == "finished" and run.stage == "compare" else ())
+        if record.state == "finished" and run.stage == "compare":
+            lacking.update(label for label, metric in metrics.items() if not known.has(metric))
+            curveless += not known.rows
         differences.append((record.config, known.config))
-        record.rows = []  # of one that is being made again: a part of a curve
+        record.rows = known.rows  # whatever is here: of one that is being made again, a part of a curve
         record.numbers, record.machine = known.numbers, known.machine
         record.versions, record.modules = known.versions, known.modules
         changes = earlier.changes.get(known.versions[0]) if known.versions else None
@@ -244,7 +249,7 @@ def _remembered(plan: Plan, place: Place, records: Sequence[Record]) -> list[str
     started = [{"event": "plan", "rules": earlier.rules}, {"event": "end"}]
     return [
         f"{taken.total()} runs are known from an earlier report alone, made {earlier.made[:10]}; their directories were not "
-        f"read, and they are in no curve ({arms})",
+        f"read{f', and {curveless} are in no curve' if curveless else ''} ({arms})",
         *(f"of {count} of them {label} is not known" for label, count in sorted(lacking.items())),
         *_differences(differences),
         *(f"{note} for the earlier report" for note in changed_rules(plan, started)),

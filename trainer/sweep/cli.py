@@ -273,10 +273,9 @@ def dry_run(plan: Plan, place: Place, slots: int) -> int:
     """Print every run and the cost."""
     for line in describe_cost(plan, place, slots):
         print(line)
-    to_make = {run.directory for run in place.to_make(plan)}
+    known = place.known_alone(plan)
     for run in plan.runs:
-        known = run.directory not in to_make and place.remembered(run) is not None
-        print(f"  {run.title}  {run.directory}  {'known from an earlier report' if known else run.command}")
+        print(f"  {run.title}  {run.directory}  {'known from an earlier report' if run.directory in known else run.command}")
     for choice in plan.choices:
         if choice.chosen is None:
             print(f"  {choice.arm}: its comparison runs take the best of {', '.join(choice.means)}")

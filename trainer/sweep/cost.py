@@ -27,11 +27,10 @@ def describe_cost(plan: Plan, place: Place, slots: int) -> list[str]:
     """Lines of text; imports no JAX."""
     states = {run.directory: outcome(place.directory(run), run.steps) for run in plan.distinct}
     todo = [(run, states[run.directory]) for run in place.to_make(plan)]
-    ahead = {run.directory for run, _ in todo}
+    known = place.known_alone(plan)
     counts: dict[str, int] = {}
     for run in plan.distinct:
-        known = run.directory not in ahead and place.remembered(run) is not None
-        state = "known from an earlier report" if known else states[run.directory].state
+        state = "known from an earlier report" if run.directory in known else states[run.directory].state
         counts[state] = counts.get(state, 0) + 1
     arms, seeds = len(plan.arms), len({run.seed for run in plan.runs if run.stage == "compare"})
     later = f" and {plan.later} that tuning decides" if plan.later else ""

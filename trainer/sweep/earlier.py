@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from trainer.atomic_files import write_bytes_atomic
+from trainer.metrics.jsonl import read_metrics
 from trainer.sweep.experiment import Metric
-from trainer.sweep.outcome import OVER, Outcome
+from trainer.sweep.outcome import OVER, Outcome, series
 from trainer.sweep.plan import Run
 
 
@@ -21,30 +22,40 @@ class Known:
 
     Attributes:
       numbers: by label of a metric: the value, and whether it is only a bound.
+      rows: what the report kept to draw (`trainer.report.curves`): evaluations whole, the rest thinned.
       versions, modules, machine, environment: as of a `trainer.report.records.Record`.
     """
 
     found: Outcome
     numbers: Mapping[str, tuple[float, bool]]
+    rows: list[dict[str, Any]]
     config: Mapping[str, Any]
     versions: tuple[str, ...]
     modules: tuple[tuple[str, str], ...]
     machine: str
     environment: Mapping[str, Any]
 
+    def has(self, metric: Metric) -> bool:
+        """Whether the number of a metric is here, or can be taken from the evaluations that are."""
+        return metric.label in self.numbers or (not needs_training_rows(metric) and bool(series(self.rows, metric)))
+
+
+def needs_training_rows(metric: Metric) -> bool:
+    """Of which a report keeps only so many as a figure needs."""
+    return metric.split != "val" or metric.kind == "seconds_to"
+
 
 class Earlier:
     """A `report.json` of the same experiment, to take from it what there is no run directory for.
 
     A run is the same if its directory has the same name, which is a hash of its config and its seed, and it was to make as many
-    updates. Curves are not in a report: a run known from one has its numbers and is in no figure of curves, no other run can
-    start from it, and what needs both its curve and another run's, such as steps to an arm's best loss, is not known.
+    updates. It has its numbers and, where the report kept them beside it, its curves; no other run can start from it.
 
     Args:
-      path: of the `report.json`.
+      path: of the `report.json`; the curves are in the file of the same name that ends with `.curves.jsonl`, if it is there.
 
     Raises:
-      ConfigError: the file is none, or its runs have no numbers, as in reports of versions before 0.2.
+      ConfigError: a file is none of these, or the runs have no numbers, as in reports of versions before 0.2.
     """
 
     def __init__(self, path: str | Path):
@@ -55,7 +66,10 @@ class Earlier:
             self.title, self.scale, self.made, self.rules = (content[key] for key in ("title", "scale", "made", "rules"))
             self.changed = tuple(text for text in content["warnings"] if "were changed after" in text)
             self.changes: Mapping[str, Any] = dict(content["changes"])
-            self._runs = {run["directory"]: _known(run) for run in content["runs"] if run["state"] in OVER}
+            rows = _read_curves(curves_beside(self.path))
+            self._runs = {
+                run["directory"]: _known(run, rows.get(run["directory"], [])) for run in content["runs"] if run["state"] in OVER
+            }
         except OSError as error:
             raise ConfigError(f"earlier report {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,16 +102,41 @@ class Earlier:
         return [name for name in self._runs if name not in other._runs]
 
     def keep(self, path: Path) -> None:
-        """Copy the report, so that a sweep does not depend on where it was."""
+        """Copy the report and its curves, so that a sweep does not depend on where they were."""
+        there, here = curves_beside(self.path), curves_beside(path)
+        if there.is_file():
+            write_bytes_atomic(here, there.read_bytes())
+        else:
+            here.unlink(missing_ok=True)
         write_bytes_atomic(path, self._text.encode())
 
 
-def _known(run: Mapping[str, Any]) -> Known:
+def curves_beside(report: Path) -> Path:
+    """Where the curves of a report are: `report.curves.jsonl` for `report.json`."""
+    return report.with_suffix(".curves.jsonl")
+
+
+def _read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by run; none where a report has none beside it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.is_file():
+        try:
+            for row in read_metrics(path):
+                found.setdefault(row.pop("run"), []).append(row)
+        except KeyError:
+            raise ConfigError(f"earlier report: a row in {path} does not say of which run it is") from None
+        except StrataError as error:
+            raise ConfigError(f"earlier report: {error}") from None
+    return found
+
+
+def _known(run: Mapping[str, Any], rows: list[dict[str, Any]]) -> Known:
     if not isinstance(run["config"].get("train", {"steps": 0})["steps"], int):
         raise ValueError("train.steps is no number")
     return Known(
         Outcome(str(run["state"]), int(run["step"]), str(run["message"])),
         {str(label): (float(value), bool(bound)) for label, (value, bound) in run["numbers"].items()},
+        rows,
         run["config"],
         tuple(run["versions"]),
         tuple(run["modules"].items()),

@@ -165,6 +165,11 @@ class Place:
             ahead += needed
         return [run for run in plan.distinct if run.directory in made]
 
+    def known_alone(self, plan: Plan) -> set[str]:
+        """Directories of runs that an earlier report alone knows and that are not made again."""
+        ahead = {run.directory for run in self.to_make(plan)}
+        return {run.directory for run in plan.distinct if run.directory not in ahead and self.remembered(run) is not None}
+
     def score(self, metric: outcomes.Metric) -> Score:
         """For `trainer.sweep.plan.make_plan`: reads tuning runs; one that failed for good has ended, without a number.
 
