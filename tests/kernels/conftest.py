@@ -12,6 +12,7 @@ import pytest
 
 import kernels
 from kernels.ops import GATES
+from tests import traced
 
 REGIMES = (
     # keys, g, beta: one row of the batch each
@@ -183,25 +184,10 @@ def row_rms():
     return relative_rms_by_row
 
 
-def each_equation(function: Any, *arguments: Any) -> Iterator[Any]:
-    """Every equation of a traced function and of what it calls."""
-
-    def walk(jaxpr: Any) -> Iterator[Any]:
-        for equation in jaxpr.eqns:
-            yield equation
-            for value in equation.params.values():
-                for each in value if isinstance(value, tuple | list) else (value,):
-                    inner = getattr(each, "jaxpr", each)
-                    if hasattr(inner, "eqns"):
-                        yield from walk(inner)
-
-    return walk(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
 @pytest.fixture
 def equations():
-    """`equations(function, *arguments)`: see `each_equation`."""
-    return each_equation
+    """`equations(function, *arguments)`: of the traced function (`tests.traced`)."""
+    return lambda function, *arguments: list(traced.equations(jax.make_jaxpr(function)(*arguments)))
 
 
 @pytest.fixture
@@ -209,7 +195,7 @@ def precisions():
     """`precisions(function, *arguments)`: of every matrix product in a traced function."""
 
     def found(function: Any, *arguments: Any) -> list[Any]:
-        every = each_equation(function, *arguments)
+        every = traced.equations(jax.make_jaxpr(function)(*arguments))
         return [each.params["precision"] for each in every if each.primitive.name == "dot_general"]
 
     return found

@@ -15,6 +15,7 @@ import models
 from models.mixers import softmax
 from models.mixers.attention import Attention
 from strata import ConfigError
+from tests.traced import equations
 
 PARALLEL = {"name": "layer_parallel", "layers": 3, "sweeps": 2}
 
@@ -35,20 +36,6 @@ def traceable(monkeypatch) -> None:
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
 
-def operands(jaxpr: Any) -> list[list[tuple[int, ...]]]:
-    """Shapes of q, k, v and the bias of every call of cuDNN, backward ones included."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name.startswith("dot_product_attention"):
-            found.append([x.aval.shape for x in equation.invars[:4]])
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            found += operands(inner) if hasattr(inner, "eqns") else []
-    return found
-
-
 @pytest.mark.parametrize(("batch", "remat"), [(1, "none"), (2, "none"), (2, "full")])
 def test_the_mask_fits_what_cudnn_is_given_when_layers_run_at_once(traceable, config, batch, remat):
     model = models.abstract(config(width=32, layers=4, kv_heads=1), vocab_size=11, precision="bfloat16", remat=remat)
@@ -60,7 +47,9 @@ def test_the_mask_fits_what_cudnn_is_given_when_layers_run_at_once(traceable, co
             h, _ = nnx.merge(graph, state).hidden(tokens, segment_ids=segment_ids, depth=depth)
             return jnp.sum(h.astype(jnp.float32))
 
-        calls = operands(jax.make_jaxpr(jax.grad(total))(state, ids, ids).jaxpr)
+        traced = equations(jax.make_jaxpr(jax.grad(total))(state, ids, ids))
+        calls = [call.invars[:4] for call in traced if call.primitive.name.startswith("dot_product_attention")]
+        calls = [[x.aval.shape for x in operands] for operands in calls]  # of q, k, v and the bias
         assert len(calls) >= 4
         assert all(bias[0] in (1, q[0]) and q[0] == k[0] == v[0] for q, k, v, bias in calls)
         assert all(q[2] == 2 * k[2] for q, k, _, _ in calls)

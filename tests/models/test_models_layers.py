@@ -15,6 +15,7 @@ from models.layers.parameter import parameter
 from models.placements.placement import Context
 from strata import implementation, register, registry
 from strata import options as parts
+from tests.traced import equations
 
 # Written apart from the package, from the papers.
 
@@ -243,17 +244,6 @@ def test_no_product_of_a_bfloat16_block_takes_float32_operands_forward_or_backwa
         return jnp.sum(block(h, Context(block.mixer.prepare(16, None), jnp.int32(0), h)).astype(jnp.float32))
 
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(state, jnp.ones((2, 16, 16), jnp.bfloat16))
-    products = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    products = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
     assert len(products) >= 3 * 8  # six projections or more and two products of attention, each with two backward
     assert {v.aval.dtype for eqn in products for v in eqn.invars} == {jnp.dtype("bfloat16")}
-
-
-def equations(jaxpr):
-    """Every equation, those of inner programs too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (list, tuple)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import models
+from tests.traced import equations
 
 DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 DEPTHS = {
@@ -17,23 +18,13 @@ DEPTHS = {
 }
 
 
-def recomputed(jaxpr):
-    """The policies of every recomputation in a program."""
-    found = set()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("remat", "checkpoint", "remat2"):
-            found.add(eqn.params["policy"])
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found |= recomputed(inner)
-    return found
-
-
 @pytest.mark.parametrize("depth", DEPTHS.values(), ids=DEPTHS)
 @pytest.mark.parametrize(("remat", "expected"), [("none", set()), ("full", {None}), ("dots", {DOTS})])
 def test_every_strategy_recomputes_by_the_policy_that_is_named(config, tokens, depth, remat, expected):
     graph, state = nnx.split(models.abstract(config(layers=4, depth=depth), vocab_size=11, remat=remat))
     rows = tokens(1, 4)
     traced = jax.make_jaxpr(lambda state: nnx.merge(graph, state)(rows))(state)
-    assert recomputed(traced.jaxpr) == expected
+    recomputed = {
+        each.params["policy"] for each in equations(traced) if each.primitive.name in ("remat", "checkpoint", "remat2")
+    }
+    assert recomputed == expected

@@ -30,6 +30,7 @@ from tests.models.layer_parallel.conftest import (
     parallel,
     small,
 )
+from tests.traced import equations
 
 
 def constant_branches(path: str, value: np.ndarray) -> np.ndarray:
@@ -158,19 +159,13 @@ def test_a_packed_document_is_swept_alike_wherever_it_stands(case, run, correcti
     np.testing.assert_allclose(found[0], np.roll(found[1], LENGTH, axis=0), atol=5e-5 * np.abs(found).max())
 
 
-def products(jaxpr: Any) -> int:
-    """Matrix products in a program, those in its loops counted once."""
-    inner = [v for eqn in jaxpr.eqns for x in eqn.params.values() for v in (x if isinstance(x, (tuple, list)) else (x,))]
-    inner = [getattr(v, "jaxpr", v) for v in inner if hasattr(getattr(v, "jaxpr", v), "eqns")]
-    return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(map(products, inner))
-
-
 def test_a_sweep_is_one_batched_call_for_every_kind_of_block(config, tokens):
     def count(layers: int, **fields: Any) -> int:
         model = models.abstract(small(config, layers=layers, **fields), vocab_size=11)
         graph, state = nnx.split(model)
         depth = parallel(layers=layers)
-        return products(jax.make_jaxpr(lambda state: nnx.merge(graph, state)(tokens(1, 4), depth=depth))(state).jaxpr)
+        traced = jax.make_jaxpr(lambda state: nnx.merge(graph, state)(tokens(1, 4), depth=depth))(state)
+        return sum(equation.primitive.name == "dot_general" for equation in equations(traced))  # those in loops once
 
     assert count(2) == count(8) > 1
     pattern = {"name": "hybrid", "pattern": [WINDOW, WINDOW, FULL]}
