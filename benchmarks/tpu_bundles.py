@@ -171,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dumps} {wanted}"
     from jax.experimental import topologies
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    shape = SHAPE | {"key_size": USUAL_SIZE, "value_size": USUAL_SIZE}
+    result = {"versions": versions, "shape": shape, "dtype": options.dtype, "rows": rows}
     for target in options.targets:
         device = topologies.get_topology_desc(TOPOLOGIES[target], platform="tpu").devices[0]
         for op in options.ops:
@@ -187,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row["tpu_over_xla"] = row["tpu"]["bundles"] / row["xla"]["bundles"]
                 rows.append(row)
                 print(f"{target} {op} {row['way']}: {row['tpu_over_xla']:.3f}", flush=True)
+        write_result(f"tpu_bundles-{options.dtype}", result, options.out)  # a target takes ten minutes and more
     shutil.rmtree(dumps.parent)
     shown = [
         (row["target"], row["op"], row["way"])
@@ -197,10 +201,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     columns = ("target", "op", "way", "M bundles, tpu", "xla", "ratio", "temporary MiB, tpu", "xla")
     show(f"Scheduled bundles as often as they are issued, {options.dtype}; no times", columns, shown)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    shape = SHAPE | {"key_size": USUAL_SIZE, "value_size": USUAL_SIZE}
-    result = {"versions": versions, "shape": shape, "dtype": options.dtype, "rows": rows}
-    write_result(f"tpu_bundles-{options.dtype}", result, options.out)
 
 
 if __name__ == "__main__":
