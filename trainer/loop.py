@@ -144,7 +144,8 @@ class Loop:
             )
         self.diagnosis = Diagnosis(self.setup)
         notes += self.diagnosis.notes if config.diagnostics.every else []
-        self.read_every_step = jax.default_backend() != "cpu" or jax.process_count() > 1
+        # On CPU a step runs in the caller's thread: nothing would be gained, and a row would be timed with the step after it.
+        self.one_ahead = jax.default_backend() != "cpu" or jax.process_count() > 1
         self.positions: dict[int, dict[str, Any]] = {}  # of the data, after each of the last steps
 
     def run(self) -> Result:
@@ -168,6 +169,11 @@ class Loop:
                     state = self._steps(state, ahead, done)
             # Everything below happens again when it is interrupted: the last checkpoint is from before it.
             evaluation = self._evaluate(state, steps, self.config.evaluate.final_batches, self._stop_evaluating)
+            if not math.isfinite(evaluation["loss"]):  # the last update's doing: no step came after it to halt at
+                raise Diverged(
+                    f"the held-out loss after the last step, {steps}, is not finite ({evaluation['loss']}); "
+                    f"its state is saved in {self.directory.checkpoints}"
+                )
             self._finished(state, steps)
             conclude(self, state, evaluation)
         return Result(self.directory.path, steps, evaluation)
@@ -225,7 +231,7 @@ class Loop:
     # ---- the loop
 
     def _steps(self, state: Any, ahead: Prefetch, done: int) -> Any:
-        """Run the remaining steps. Metrics of a step are read after the next one is dispatched."""
+        """Run the remaining steps. Metrics of a step are read after the next one is dispatched, on CPU before."""
         config, milestones = self.config, self.config.milestones
         pending: list[Pending] = []  # steps whose metrics are still on the device
         for step in range(done + 1, config.train.steps + 1):
@@ -237,12 +243,15 @@ class Loop:
             ahead.begin()
             update = self.train_step if self.setup.cuts is None else self.setup.train_step_of(step)
             state, metrics = update(state, batch, inputs.rates, self.setup.teacher_params)
-            stopping = self._read(pending, state)
+            stopping = self.one_ahead and self._read(pending, state)
             pending.append(Pending(step, metrics, inputs.host_rates))
+            if not self.one_ahead:
+                stopping = self._read(pending, state)
             if step == done + 1:
                 # What start-up made lives as long as the run; without this, collections walk through it for ever.
-                gc.collect()
-                gc.freeze()
+                with self.reporter.pause():
+                    gc.collect()
+                    gc.freeze()
             evaluating = bool(config.evaluate.every) and step % config.evaluate.every == 0
             saving = last or step in milestones or (bool(config.checkpoint.every) and step % config.checkpoint.every == 0)
             saving = saving or (self.checkpointer.failed and jax.process_count() == 1)  # several: at the next one, together
@@ -266,8 +275,8 @@ class Loop:
     def _read(self, pending: list[Pending], state: Any, now: bool = False) -> bool:
         """Fetch metrics that are on the device, write the row that is due, and end the run if it halted.
 
-        An accelerator is read after every step, so that one step is in flight and no more. On CPU, where steps run in the
-        caller's thread, that would only cost time, and a row that is due, or a dozen steps, is waited for.
+        An accelerator is read after every step, so that one step is in flight and no more. On CPU that would only cost time,
+        and only a row that is due, or a dozen steps, is waited for.
 
         Returns:
           Whether to stop.
@@ -276,7 +285,7 @@ class Loop:
             return False
         step, metrics, rates = pending[-1]
         due = self.reporter.due(step)
-        if not (now or due or self.read_every_step or len(pending) >= MOST_PENDING):
+        if not (now or due or self.one_ahead or len(pending) >= MOST_PENDING):
             return self.stop.received is not None
         if jax.device_get(metrics["halted"]):
             self._diverge(state, pending)

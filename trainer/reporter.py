@@ -16,7 +16,7 @@ from trainer import processes
 from trainer.evaluate import bits_per_byte
 from trainer.flops import training_flops
 from trainer.metrics.console import Console
-from trainer.metrics.jsonl import MetricsWriter
+from trainer.metrics.jsonl import MetricsWriter, end_of_rows
 from trainer.metrics.throughput import Timer, device_memory, mfu
 from trainer.options import Config
 from trainer.run_directory import RunDirectory
@@ -29,7 +29,8 @@ class Reporter:
     Args:
       config, directory, setup: of the run.
       done: steps done before this process began; 0 drops whatever rows are there.
-      host: what the restored checkpoint saved; `metrics_offset` is where its rows end.
+      host: what the restored checkpoint saved; `metrics_offset` is where its rows end. What was evaluated at its step stays:
+        the end of a run that is extended now.
     """
 
     def __init__(self, config: Config, directory: RunDirectory, setup: Setup, done: int, host: Mapping[str, Any]):
@@ -47,7 +48,9 @@ class Reporter:
             self.console = None
             return
         self.writer = self._stack.enter_context(MetricsWriter(directory.metrics))
-        self.writer.truncate(host.get("metrics_offset", 0))
+        offset = host.get("metrics_offset", 0)
+        extended = 0 < done < config.train.steps
+        self.writer.truncate(end_of_rows(directory.metrics, offset, done, "val") if extended else offset)
         self.console = self._stack.enter_context(Console(config.train.steps, start=done))
         if config.log.wandb != "disabled":
             from trainer.metrics.wandb_mirror import WandbMirror

@@ -295,3 +295,14 @@ def test_an_update_that_is_not_finite_is_blamed_itself_and_never_saved(tiny, tmp
     run = trainer.load(tmp_path / "run")
     assert run.step == 3 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
     assert json.loads((tmp_path / "run" / "nonfinite.json").read_text())["what"] == "update"
+
+
+def test_a_last_update_after_which_nothing_is_finite_ends_the_run_as_diverged(tiny, tmp_path):
+    config = tiny(
+        train__steps=1, optimizer={"direction": {"name": "adamw", "learning_rate": 1e30}, "schedule": {"name": "constant"}}
+    )
+    for _ in range(2):  # as often as it is started
+        with pytest.raises(Diverged, match="the held-out loss after the last step, 1, is not finite"):
+            trainer.train(config, tmp_path / "run")
+        assert status(tmp_path / "run") == ("failed", 1)
+        assert [row["split"] for row in rows(tmp_path / "run")] == ["train", "val"]

@@ -225,6 +225,22 @@ def test_raising_steps_extends_a_run_only_where_no_schedule_depends_on_them(tiny
         trainer.train(tiny(train__steps=8), tmp_path / "cosine")
 
 
+def test_an_extended_run_keeps_what_was_evaluated_at_its_end_however_often_it_is_interrupted(tiny, tmp_path, monkeypatch):
+    constant = {"optimizer__schedule": {"name": "constant"}}
+    trainer.train(tiny(train__steps=4, **constant), tmp_path / "run")
+    ended = rows(tmp_path / "run")[-1]
+    assert (ended["step"], ended["split"]) == (4, "val")
+    for _ in range(2):  # before the first checkpoint of what is new
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 6)
+            with pytest.raises(Killed):
+                trainer.train(tiny(train__steps=9, **constant), tmp_path / "run")
+    trainer.train(tiny(train__steps=9, **constant), tmp_path / "run")
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found if row["split"] == "val"] == [4, 8, 9]
+    assert ended in found and [row["step"] for row in found if row["split"] == "train"] == list(range(1, 10))
+
+
 def test_an_execution_key_may_change_and_is_announced(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)

@@ -152,6 +152,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def end_of_rows(path: str | os.PathLike[str], offset: int, step: int, split: str) -> int:
+    """Where the rows of a step and split end that begin at `offset`, in bytes; `offset` if there are none."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else {}
+            except ValueError:
+                break
+            if (row.get("step"), row.get("split")) != (step, split):
+                break
+            offset += len(line)
+    return offset
+
+
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row under the names that mirrors use: `train/loss`, `train/alpha/0`, `timing/mfu`.
 
