@@ -36,9 +36,9 @@ SOURCES = ("algebra.py", "backward.py", "forward.py", "layout.py")
 SHAPE = {"batch": 2, "length": 16384, "heads": 16}
 DTYPES = ("bfloat16", "float32")
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
-WAYS = ("forward", "backward", "inference", "packed_forward", "packed_backward")
-"""With segments, forward keeping what backward needs; inference is forward without segments, keeping nothing. Packed rows, at
-the usual size alone: the same two passes without segments, sequences in chunks of their own.
+WAYS = ("forward", "backward", "inference", "dense_forward", "dense_backward", "packed_forward", "packed_backward")
+"""With segments, forward keeping what backward needs; dense: the same two passes of rows that are one sequence each, and
+inference the forward one of these that keeps nothing. Packed rows, at the usual size alone: sequences in chunks of their own.
 """
 SEQUENCES = 32
 """Of a packed row."""
@@ -59,12 +59,12 @@ TARGETS |= {f"{name}_{LARGEST_SIZE}": Target(topology, LARGEST_SIZE) for name, t
 
 
 def source_hash() -> str:
-    """Of everything that decides what is compiled."""
+    """Of everything that decides what a count is; which counts there are is told by their names."""
     text = b"".join((HERE / name).read_bytes() for name in SOURCES)
     heads = [
         heads_of(decay, delta, dtype, target.size) for target in TARGETS.values() for decay, delta in FORMS for dtype in DTYPES
     ]
-    static = [SHAPE, SEQUENCES, TARGETS, FORMS, DTYPES, WAYS, CHUNK, heads]
+    static = [SHAPE, SEQUENCES, TARGETS, CHUNK, heads]
     return hashlib.sha256(text + json.dumps(static).encode()).hexdigest()[:16]
 
 
