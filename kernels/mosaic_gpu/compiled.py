@@ -48,8 +48,11 @@ WIDE = {"value_size": 256}
 NARROW = {"value_size": 64}
 """Each form in bfloat16 too: with one tile of V its states pass on one warpgroup."""
 SEQUENCES = 32
-"""Of a packed row; everything is compiled for one as well."""
-VARIANTS = ("usual", "wide", "narrow", "packed", "wide packed", "narrow packed")
+"""Of a packed row."""
+SIZES = ("", "wide", "narrow")
+ROWS = ("", "dense", "packed")
+"""With segments, one sequence each, or all sequences in one."""
+VARIANTS = tuple(f"{size} {rows}".strip() or "usual" for rows in ROWS for size in SIZES)
 SIZE_OF_FLOAT32_DELTA = 64
 FORMS = (("none", False), ("scalar", False), ("vector", False), ("none", True), ("scalar", True), ("vector", True))
 DEVICE = """
@@ -92,18 +95,19 @@ def recorded() -> dict[str, Any]:
 
 
 def runs(decay: str, delta: bool, dtype: str, variant: str, sharding: Any) -> dict[str, Any]:
-    """The forward and the backward pass of one form, with segments or packed, on shapes: name -> (function, arguments)."""
+    """The forward and the backward pass of one form and variant, on shapes: name -> (function, arguments)."""
     import jax
 
     from kernels.mosaic_gpu import chunked
     from kernels.mosaic_gpu.layout import Form
 
     wide, packed = "wide" in variant, "packed" in variant
+    segmented = not packed and "dense" not in variant
     changed = WIDE if wide else NARROW if "narrow" in variant else {}
     batch, length, heads, key_size, value_size = (SHAPE | changed).values()
     if dtype == "float32" and delta:
         key_size, value_size = SIZE_OF_FLOAT32_DELTA, value_size if wide else SIZE_OF_FLOAT32_DELTA
-    form = Form(decay, delta, not packed, packed, key_size**-0.5, 1, dtype == "float32", None)
+    form = Form(decay, delta, segmented, packed, key_size**-0.5, 1, dtype == "float32", None)
     states = batch
     if packed:
         batch, length, states = 1, batch * length, SEQUENCES
@@ -115,7 +119,7 @@ def runs(decay: str, delta: bool, dtype: str, variant: str, sharding: Any) -> di
     gate = array(batch, length, heads)
     g = {"none": None, "scalar": gate, "vector": array(*keys.shape)}[decay]
     beta = gate if delta else None
-    segments = None if packed else array(batch, length, dtype="int32")
+    segments = array(batch, length, dtype="int32") if segmented else None
     bounds = array(SEQUENCES + 1, dtype="int32") if packed else None
     state = array(states, heads, key_size, value_size)
     inputs = (keys, keys, values, g, beta, segments, bounds, state)
@@ -136,16 +140,18 @@ def name(decay: str, delta: bool) -> str:
     return f"{decay}_decay_{'delta_rule' if delta else 'additive'}"
 
 
-def cases(dtypes: Iterable[str], forms: Collection[str] = ()) -> Iterator[tuple[str, bool, str, str]]:
-    """(decay, delta, dtype, variant) of all that is served, or of some forms."""
-    for (decay, delta), dtype, variant in itertools.product(FORMS, dtypes, VARIANTS):
+def cases(
+    dtypes: Iterable[str], forms: Collection[str] = (), variants: Iterable[str] = VARIANTS
+) -> Iterator[tuple[str, bool, str, str]]:
+    """(decay, delta, dtype, variant) of all that is served, or of some forms and variants."""
+    for (decay, delta), dtype, variant in itertools.product(FORMS, dtypes, variants):
         left_out = "wide" in variant and too_wide(decay, dtype, WIDE["value_size"])
         left_out |= "narrow" in variant and dtype == "float32"  # there a number of tiles makes no other kernel
         if not left_out and (not forms or name(decay, delta) in forms):
             yield decay, delta, dtype, variant
 
 
-def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, dict[str, int]]:
+def compile_all(dtypes: list[str], forms: list[str], variants: list[str], dump: Path) -> dict[str, dict[str, int]]:
     """Registers and bytes of spills of every kernel. Raises what the compiler raises."""
     import jax
     from jax.experimental import topologies
@@ -155,7 +161,7 @@ def compile_all(dtypes: list[str], forms: list[str], dump: Path) -> dict[str, di
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
     found: dict[str, dict[str, int]] = {}
-    for decay, delta, dtype, variant in cases(dtypes, forms):
+    for decay, delta, dtype, variant in cases(dtypes, forms, variants):
         with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
             for way, (run, arguments) in runs(decay, delta, dtype, variant, sharding).items():
                 shutil.rmtree(dump, ignore_errors=True)
@@ -225,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     made.add_argument("--forms", nargs="+", default=[], help="names of forms, as scalar_decay_additive; all unless given")
+    made.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="such as 'wide dense'")
     made.add_argument("--write", action="store_true", help="record the counts")
     made.add_argument("--allow_growth", action="store_true", help="record counts that grew, too; spills never")
     options = made.parse_args(argv)
@@ -235,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     dump = Path(tempfile.mkdtemp()) / "ptx"
     # Read when a kernel is compiled.
     os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(dump)}
-    found = compile_all(options.dtypes, options.forms, dump)
+    found = compile_all(options.dtypes, options.forms, options.variants, dump)
     shutil.rmtree(dump.parent)
     complaints = worse(found, known(record))
     print("\n".join(complaints))

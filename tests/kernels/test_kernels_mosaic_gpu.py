@@ -289,8 +289,8 @@ def test_register_counts_are_those_of_the_kernels_as_they_are_and_no_kernel_spil
     assert record["source"] == compiled.source_hash(), "python -m kernels.mosaic_gpu.compiled --write; see its docstring"
     assert not compiled.spilling(record["kernels"])
     cases = list(compiled.cases(DTYPES))
-    # Six forms, packed or not, of two widths and in bfloat16 of three, but for two wide forms that are refused.
-    assert len(cases) == 6 * 2 * (3 + 2) - 4
+    # Six forms with rows of three kinds, of two widths and in bfloat16 of three, but for two wide forms that are refused.
+    assert len(cases) == 6 * 3 * (3 + 2) - 2 * 3
     names = {
         f"{compiled.name(decay, delta)}_{kernel} {dtype}{'' if variant == 'usual' else f' {variant}'}"
         for decay, delta, dtype, variant in cases
