@@ -265,6 +265,20 @@ def test_twenty_arms_leave_room_for_their_curves(planted, make_experiment):
     assert min(heights) > 72 * 5
 
 
+def test_of_curves_that_are_not_finite_everywhere_the_rest_is_drawn_without_a_warning(planted):
+    plan = planted.plan()
+    for run in plan.runs:
+        first, last = (np.inf, np.nan) if run.seed == 1 else (9.0, 1.0)
+        planted.write(run, [first, 4.0, 3.0 + run.seed / 100, last if run.arm == "b" else 2.0], arrays=True)
+        path = planted.place.directory(run) / "metrics.jsonl"
+        path.write_text(path.read_text().replace("[9.0, 18.0", '["-Infinity", 18.0' if run.seed == 2 else "[9.0, 18.0"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = {drawing.name: drawing for drawing in draw(planted.report(plan))}
+    assert {"curve-val-loss", "curve-train-loss", "speed", "heat-train-grad_norm_by_layer"} <= drawn.keys()
+    assert "a (n = 5) ends at 2; b (n = 5) ends at 3.02" in drawn["curve-val-loss"].alt
+
+
 def test_a_note_begins_with_a_capital_unless_it_begins_with_a_file():
     assert sentence("two cores.") == "Two cores." and sentence("configs/tiny.py as it is") == "configs/tiny.py as it is."
     assert sentence("") == ""

@@ -346,6 +346,11 @@ def test_a_report_is_compared_with_another_one(planted, capsys):
     assert "| 1 [1, 1] |" in row
     row = next(line for line in text.splitlines() if line.startswith("| a | val loss"))
     assert "equal bit for bit" in row
+    for run in [run for run in plan.runs if run.arm == "b"]:
+        planted.write(run, [4.0, 3.0], state="failed", message="StrataError: it broke")
+    assert main([str(planted.place.path), "--out", "third", "--compare", "first/report.json"]) == 0
+    rows = (planted.root / "third" / "report.md").read_text().splitlines()
+    assert next(row for row in rows if row.startswith("| b | val loss")).endswith("| no run |")
     with pytest.raises(ConfigError, match="not a report.json"):
         (planted.root / "bad.json").write_text("{}")
         main([str(planted.place.path), "--compare", "bad.json"])

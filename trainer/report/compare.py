@@ -94,7 +94,7 @@ def _difference(one: Mapping[str, float], two: Mapping[str, float]) -> list[str]
         equal = " (equal bit for bit)" if all(one[seed] == two[seed] for seed in shared) else ""
         return [*cells, f"{number(paired.mean, 4)} {interval(paired.low, paired.high)}{equal}", f"{len(shared)} pairs by seed"]
     difference, low, high, _ = statistics.welch(list(one.values()), list(two.values()))
-    by = "Welch" if not math.isnan(low) else "one run, no interval"
+    by = "Welch" if not math.isnan(low) else "one run, no interval" if a.n and b.n else "no run"
     return [*cells, f"{number(difference, 4)} {interval(low, high)}".strip(" –"), by]
 
 

@@ -58,9 +58,8 @@ def _looks(results: Results, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
 
 
 def _shared_curve(records: Sequence[Record], split: str, name: str) -> tuple[list[int], np.ndarray]:
-    """Steps that every run has a row of, and the values [run, step]."""
-    wanted = Metric(name, split)
-    curves = [dict(outcomes.series(record.rows, wanted)) for record in records]
+    """Steps that every run has a finite value at, and the values [run, step]."""
+    curves = [dict(_finite(record, Metric(name, split))) for record in records]
     curves = [curve for curve in curves if curve]
     if not curves:
         return [], np.zeros((0, 0))
@@ -68,12 +67,18 @@ def _shared_curve(records: Sequence[Record], split: str, name: str) -> tuple[lis
     return steps, np.array([[curve[step] for step in steps] for curve in curves])
 
 
+def _finite(record: Record, metric: Metric) -> list[tuple[int, float]]:
+    """What of a run's curve can be drawn."""
+    return [(step, value) for step, value in outcomes.series(record.rows, metric) if math.isfinite(value)]
+
+
 def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The 95 % interval of the mean at each step; None for one run."""
     n = len(values)
     if n < 2:
         return None
-    half = statistics.t_quantile(0.975, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
+    with np.errstate(over="ignore"):  # the square of what is nearly too large for a float
+        half = statistics.t_quantile(0.975, n - 1) * values.std(0, ddof=1) / math.sqrt(n)
     return values.mean(0) - half, values.mean(0) + half
 
 
@@ -148,7 +153,7 @@ def _speed(results: Results, family: str, arms: Sequence[Arm]) -> Drawing | None
     metric = dataclasses.replace(results.metric, kind="value", target=None)
     curves = {}
     for arm in arms:
-        runs = [outcomes.series(record.rows, metric) for record in results.with_rows(arm.name)]
+        runs = [_finite(record, metric) for record in results.with_rows(arm.name)]
         if runs := [run for run in runs if len(run) > 1]:
             curves[arm.name] = runs
     if len(curves) < 2:

@@ -63,7 +63,8 @@ def heat_maps(results: Results) -> list[Drawing]:
             steps = sorted(set.intersection(*(set(table) for table in tables)))
             widths = {len(table[step]) for table in tables for step in steps}
             if len(steps) > 1 and len(widths) == 1:
-                mean = np.mean([[table[step] for step in steps] for table in tables], axis=0)
+                with np.errstate(invalid="ignore"):  # infinities of both signs have no mean, and are left blank
+                    mean = np.mean([[table[step] for step in steps] for table in tables], axis=0)
                 title = arm.name if len(tables) == len(runs) else f"{arm.name} ({len(tables)} of {len(runs)} seeds)"
                 panels.setdefault(key, {})[title] = (steps, mean.T)
     varied = {key: arms for key, arms in panels.items() if len({x for _, table in arms.values() for x in table.flat}) > 1}
