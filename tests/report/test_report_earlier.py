@@ -14,7 +14,7 @@ from trainer.report.figures import draw
 from trainer.report.records import make_record
 from trainer.report.results import read_results
 from trainer.report.tables import runs
-from trainer.report.verdicts import REPRODUCED
+from trainer.report.verdicts import NOT_REPRODUCED, REPRODUCED
 from trainer.sweep.outcome import Outcome
 
 TUNED = 'tune=Tuning(space=axis("optimizer.direction.learning_rate", [0.1, 0.5, 0.9]), seeds=[100])'
@@ -110,6 +110,42 @@ def test_a_rule_changed_since_is_told(planted, report_file):
     (planted.place.path / "ledger.jsonl").unlink()
     warnings = analyse(read_results("planted.py", earlier=report_file)).warnings
     assert any("effect then 0.5, now 0.2" in text and "earlier report" in text for text in warnings)
+
+
+def test_a_number_that_is_not_finite_and_the_loss_of_a_run_that_went_on_stay_what_they_were(planted):
+    plan = planted.plan()
+    label = "val loss (last, nats/token)"
+    for run in plan.runs:
+        last = float("inf") if (run.arm, run.seed) == ("b", 1) else ENDS[run.arm][run.seed]
+        planted.write(run, [4.0] * 9 + [last, 0.0])
+    for keeps in (True, False):
+        lasting = plan.runs[0]
+        directory = planted.place.directory(lasting)
+        (directory / "status.json").write_text(json.dumps({"state": "finished", "step": 11}))
+        if not keeps:
+            rows = [
+                line
+                for line in (directory / "metrics.jsonl").read_text().splitlines()
+                if '"step": 10, "split": "val"' not in line
+            ]
+            (directory / "metrics.jsonl").write_text("\n".join([*rows, ""]))
+        whole = analyse(read_results("planted.py"))
+        write(whole, planted.root)
+        shutil.move("runs", "gone")
+        report = analyse(read_results("planted.py", earlier="report.json"))
+        assert report.verdicts[0].word == NOT_REPRODUCED and report.verdicts[0].evidence == whole.verdicts[0].evidence
+        assert report.verdicts[0].evidence.not_finite == (1, 0) and report.verdicts[0].evidence.no_number == (not keeps)
+        assert any("b seed 1: " in text for text in report.warnings)
+        assert any("1 run went on beyond the 10 updates" in text for text in report.warnings) is not keeps
+        content = json.loads((planted.root / "report.json").read_text())
+        for run in content["runs"]:
+            if run["directory"] == directory.name:
+                run["numbers"][label] = [4.0, False]  # as reports of earlier versions took it
+        (planted.root / "report.json").write_text(json.dumps(content))
+        again = analyse(read_results("planted.py", earlier="report.json"))
+        assert again.verdicts[0].evidence == whole.verdicts[0].evidence
+        shutil.rmtree("runs", ignore_errors=True)
+        shutil.move("gone", "runs")
 
 
 def test_what_is_no_report_of_this_experiment_is_refused(planted, report_file):

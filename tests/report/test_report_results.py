@@ -52,12 +52,6 @@ def test_a_diverged_run_of_the_arm_ends_the_claim(planted):
     assert report.arms[1].states == {"finished": 4, "diverged": 1}
 
 
-def test_a_finished_run_without_a_finite_number_is_no_pair(planted):
-    plan = planted.write_all({"a": planted.better["a"], "b": [1.0, float("nan"), 0.9, 1.0, 0.97]})
-    report = planted.report(plan)
-    assert report.verdicts[0].evidence.seeds == (0, 2, 3, 4) and report.verdicts[0].evidence.failed == 1
-
-
 def test_an_unfinished_sweep_says_so_and_decides_nothing(planted, capsys):
     plan = planted.plan()
     for run in plan.runs[:7]:

@@ -6,10 +6,10 @@ import dataclasses
 import datetime
 import math
 from collections import Counter
-from statistics import fmean, stdev
 from typing import Any
 
 from trainer.report import statistics
+from trainer.report.caveats import warnings
 from trainer.report.records import Record
 from trainer.report.results import Results
 from trainer.report.statistics import Summary
@@ -30,6 +30,7 @@ class ArmRow:
     summaries: list[Summary]
     values: list[dict[int, float]]  # by seed, one a metric
     bounds: list[int]  # values that are only bounds
+    not_finite: list[int]  # finished runs whose number is NaN or infinite, one a metric
     tokens: int
     versions: dict[str, int]
     machines: dict[str, int]
@@ -59,7 +60,7 @@ def analyse(results: Results) -> Report:
     arms = [_arm(results, name.name, name.control, metrics) for name in results.arms]
     verdicts = decide([evidence(results, claim) for claim in results.claims])
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Report(results, metrics, arms, verdicts, _warnings(results), made)
+    return Report(results, metrics, arms, verdicts, warnings(results), made)
 
 
 def _arm(results: Results, name: str, control: str, metrics: list[Metric]) -> ArmRow:
@@ -79,6 +80,7 @@ def _arm(results: Results, name: str, control: str, metrics: list[Metric]) -> Ar
         summaries=summaries,
         values=values,
         bounds=bounds,
+        not_finite=[len(results.not_finite(name, metric)) for metric in metrics],
         tokens=max((record.tokens for record in records), default=0),
         versions=dict(Counter(version for record in records for version in record.versions)),
         machines=dict(Counter(record.machine for record in records if record.machine)),
@@ -91,7 +93,7 @@ def evidence(results: Results, claim: Claim) -> Evidence:
 
     A target that one arm alone did not reach gives that arm no credit: the improvement is at most 0 where it is the claim's own
     arm (at most the loss that the rule allows), at least 0 where it is the other. Where neither reached it, the pair has no
-    number.
+    number. A run that finished with a number that is not finite has diverged: leaving it out would favour its arm.
     """
     metric = claim.metric or results.metric
     one, two = results.of(claim.arm), results.of(claim.against)
@@ -102,15 +104,18 @@ def evidence(results: Results, claim: Claim) -> Evidence:
     planned = len(results.seeds)
     unfinished = sum(record.state not in OVER for record in [*one, *two])
     unfinished += planned * ((not one) + (not two))
-    no_number = sum(found is None for found in [*a.values(), *b.values()])
+    not_finite = tuple(len(results.not_finite(name, metric)) for name in (claim.arm, claim.against))
+    diverged = (sum(record.state == "diverged" for record in side) for side in (one, two))
     return Evidence(
         claim=claim,
         seeds=tuple(shared),
         improvements=tuple(_improvement(claim.rule, metric.sign, a[seed], b[seed]) for seed in shared),
         planned=planned,
         unfinished=unfinished,
-        failed=sum(record.state == "failed" for record in [*one, *two]) + no_number,
-        diverged=tuple(sum(record.state == "diverged" for record in side) for side in (one, two)),
+        failed=sum(record.state == "failed" for record in [*one, *two]),
+        diverged=tuple(map(sum, zip(diverged, not_finite, strict=True))),
+        not_finite=not_finite,
+        no_number=sum(found is None for found in [*a.values(), *b.values()]) - sum(not_finite),
         missed=(sum(a[seed][1] for seed in shared), sum(b[seed][1] for seed in shared)),
         both_missed=len(neither),
         others=tuple(b[seed][0] for seed in shared),
@@ -133,121 +138,6 @@ def _improvement(rule: Rule, sign: int, own: tuple[float, bool], other: tuple[fl
     if own[1]:
         return min(0.0 - rule.allowance(other[0]), difference)  # 0, not -0
     return max(0.0, difference) if other[1] else difference
-
-
-def _warnings(results: Results) -> list[str]:
-    found = []
-    states = Counter(record.state for record in results.records)
-    if results.unfinished or results.later:
-        left = len(results.unfinished) + results.later
-        total = len(results.records) + results.later
-        found.append(
-            f"this sweep is not finished: {left} of {total} runs are still to end{_parts_left(results)}, "
-            "and no claim is decided before its own have"
-        )
-    if states["failed"]:
-        shown = "; ".join(f"{r.arm} seed {r.seed}: {r.found.message}" for r in results.records if r.state == "failed")
-        found.append(f"{states['failed']} runs failed and are in no mean ({shown})")
-    if states["diverged"]:
-        shown = ", ".join(f"{r.arm} seed {r.seed} at step {r.found.step}" for r in results.records if r.state == "diverged")
-        found.append(
-            f"{states['diverged']} runs diverged and are in no mean; a claim whose arm diverged more often fails ({shown})"
-        )
-    versions = Counter(version for record in results.records for version in record.versions)
-    if len(versions) > 1:
-        found.append(f"runs of {len(versions)} code versions are mixed: {_by_arm(results.records, versions)}")
-    for name, digests in _module_versions(results.records).items():
-        if len(digests) > 1:
-            shown = "; ".join(f"{', '.join(arms)} with {digest[:6]}" for digest, arms in digests.items())
-            found.append(f"runs of {len(digests)} versions of the module {name} are mixed: {shown}")
-    machines = Counter(record.machine for record in results.records if record.machine)
-    if len(machines) > 1:
-        found.append(f"runs of {len(machines)} machines are mixed: " + "; ".join(f"{n} on {m}" for m, n in machines.items()))
-    for choice in results.choices:
-        if lost := [point for point, mean in choice.means.items() if mean is None and choice.chosen is not None]:
-            found.append(
-                f"the tuning of {choice.arm} chose without {', '.join(lost)}: a run there failed, diverged or has no number"
-            )
-        if choice.at_edge:
-            found.append(
-                f"the tuning of {choice.arm} chose {choice.chosen}, at the edge of what was tried: a better one may lie outside"
-            )
-    if close := _close_tuning(results):
-        found.append(f"tuning preferred its point by less than seeds differ, so that another may be as good or better: {close}")
-    for metric in [results.metric, *results.also]:
-        if results.records and all(record.state == "finished" for record in results.records):
-            known = [found for arm in results.arms for found in results.values(arm.name, metric).values()]
-            if known and all(number is None for number in known):
-                found.append(f"no run has a {metric.label}")
-    found += _uneven_evaluations(results)
-    if len(results.seeds) == 1 and results.claims:
-        found.append("one seed: no verdict is given at n = 1")
-    return found + results.notes
-
-
-def _close_tuning(results: Results) -> str:
-    """Arms whose chosen point leads the next one by less than the standard error of that lead: by seed where tuning had
-    several; of one seed it is not known, and how runs of the comparison differ stands for it.
-    """
-    shown = []
-    for choice in results.choices:
-        points: dict[str, dict[int, float]] = {}
-        for record in results.of(choice.arm, "tune"):
-            if record.state == "finished" and (found := results.value(record, results.metric)):
-                points.setdefault(record.point, {})[record.seed] = found[0]
-        best = points.pop(choice.chosen or "", None)
-        leads = [[other[seed] - best[seed] for seed in other if seed in best] for other in points.values() if best]
-        values = [value[0] for value in results.values(choice.arm, results.metric).values() if value is not None]
-        if not (leads := [lead for lead in leads if lead]) or len(values) < 2:
-            continue
-        lead = min(leads, key=lambda lead: abs(fmean(lead)))
-        error = stdev(lead) / math.sqrt(len(lead)) if len(lead) > 1 else stdev(values)
-        if abs(fmean(lead)) < error:
-            shown.append(f"{choice.arm} by {abs(fmean(lead)):.2g}, standard error {error:.2g}")
-    return "; ".join(shown)
-
-
-def _uneven_evaluations(results: Results) -> list[str]:
-    """Steps and seconds to a loss compare rows of one run with those of another, which must score the same held-out data."""
-    metrics = [results.metric, *results.also, *(claim.metric for claim in results.claims if claim.metric)]
-    if not any(metric.kind != "value" and metric.split == "val" for metric in metrics):
-        return []
-    sizes = {row["tokens"] for r in results.records for row in r.rows if row["split"] == "val" and "tokens" in row}
-    if len(sizes) < 2:
-        return []
-    shown = ", ".join(f"{size:,}" for size in sorted(sizes))
-    return [
-        f"evaluations score different amounts of held-out data ({shown} tokens), so steps and seconds to a loss compare unlike "
-        "numbers: give evaluate.final_batches = evaluate.batches"
-    ]
-
-
-def _parts_left(results: Results) -> str:
-    """Which parts the missing runs are of, where another part has been run whole."""
-    parts = {arm.name: arm.part for arm in results.arms}
-    waiting = {record.arm for record in results.unfinished}
-    waiting |= {arm.name for arm in results.arms if results.later and not results.of(arm.name)}
-    left = sorted({parts[arm] for arm in waiting if arm in parts})
-    return f", all of part {' and '.join(map(str, left))}" if left and set(left) < set(parts.values()) else ""
-
-
-def _by_arm(records: list[Record], versions: Counter[str]) -> str:
-    words = []
-    for version, count in versions.items():
-        arms = Counter(record.arm for record in records if version in record.versions)
-        words.append(f"{count} of {version} ({', '.join(f'{arm} {n}' for arm, n in arms.items())})")
-    return "; ".join(words)
-
-
-def _module_versions(records: list[Record]) -> dict[str, dict[str, list[str]]]:
-    """Of each module by name: the digests that runs had of it, and the arms of those."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for record in records:
-        for name, digest in record.modules:
-            arms = found.setdefault(name, {}).setdefault(digest, [])
-            if record.arm not in arms:
-                arms.append(record.arm)
-    return found
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -310,6 +200,8 @@ def _claim(verdict: Verdict, results: Results) -> dict[str, Any]:
         "pairs_needed": found.needed,
         "failed": found.evidence.failed,
         "diverged": found.evidence.diverged,
+        "not_finite": found.evidence.not_finite,
+        "no_number": found.evidence.no_number,
         "missed": found.evidence.missed,
         "both_missed": found.evidence.both_missed,
         "not_tuned": found.evidence.untuned,
@@ -354,8 +246,8 @@ def _log_base(metric: Metric) -> float | None:
 
 def _run(record: Record, results: Results) -> dict[str, Any]:
     # What is reached when another arm's run is counted in is not the run's own.
-    metrics = [results.metric, *results.also, *(claim.metric for claim in results.claims if claim.metric)]
-    numbers = {metric.label: results.value(record, metric) for metric in metrics if not isinstance(metric.target, str)}
+    metrics = [metric for metric in results.metrics if not isinstance(metric.target, str)]
+    numbers = {metric.label: results.number(record, metric) for metric in metrics}
     names = ("python", "packages", "platform", "devices", "cpus", "processor", "variables", "data")
     kept = {k: v for k, v in record.environment.items() if k in names}
     return {

@@ -44,6 +44,11 @@ class Record:
     numbers: Mapping[str, tuple[float, bool]] = dataclasses.field(default_factory=dict)
 
     @property
+    def extended_from(self) -> int | None:
+        """The updates that were planned, of a run that went on beyond them."""
+        return self.found.extended_from(self.steps)
+
+    @property
     def state(self) -> str:
         """One of `trainer.sweep.outcome.STATES`."""
         return self.found.state

@@ -69,6 +69,11 @@ class Results:
         """Runs that are still to end."""
         return [record for record in self.records if record.state not in outcomes.OVER]
 
+    @property
+    def metrics(self) -> list[Metric]:
+        """All that are asked for: the experiment's own, those of the table of arms, and those of claims."""
+        return list(dict.fromkeys([self.metric, *self.also, *(claim.metric for claim in self.claims if claim.metric)]))
+
     # ---- numbers
 
     def values(self, arm: str, metric: Metric) -> dict[int, tuple[float, bool] | None]:
@@ -82,13 +87,29 @@ class Results:
                 found[record.seed] = self.value(record, metric)
         return found
 
+    def not_finite(self, arm: str, metric: Metric) -> list[int]:
+        """Seeds of an arm whose run finished with a number that is NaN or infinite: it has diverged, whatever its state.
+
+        So has one whose own loss, not finite, is what others are to reach.
+        """
+        metric = _goal(metric) if metric.target == arm else metric
+        records = [record for record in self.of(arm) if record.state == "finished"]
+        return [r.seed for r in records if (found := self.number(r, metric)) is not None and not math.isfinite(found[0])]
+
     def value(self, record: Record, metric: Metric) -> tuple[float, bool] | None:
         """As in `values`, of one finished run."""
-        if record.numbers and (metric.label in record.numbers or needs_training_rows(metric)):
+        found = self.number(record, metric)
+        return found if found is not None and math.isfinite(found[0]) else None
+
+    def number(self, record: Record, metric: Metric) -> tuple[float, bool] | None:
+        """As `value`, where a number that is not finite is one too."""
+        kept = record.numbers and (metric.label in record.numbers or needs_training_rows(metric))
+        # Of a run that was extended, reports of earlier versions took the last row before what was planned.
+        if kept and not (record.extended_from is not None and metric.last_evaluation):
             return record.numbers.get(metric.label)  # a report keeps evaluations whole, training rows only to draw
         if metric.kind == "value":
-            number = outcomes.value(record.rows, metric)
-            return None if number is None or not math.isfinite(number) else (number, False)
+            number = outcomes.value(record.rows, metric, record.extended_from)
+            return None if number is None else (number, False)
         target = self._target(record.seed, metric)
         points: list[tuple[float, float]] = list(outcomes.series(record.rows, metric))
         if target is None or not points:
@@ -103,12 +124,17 @@ class Results:
     def _target(self, seed: int, metric: Metric) -> float | None:
         if not isinstance(metric.target, str):
             return metric.target
-        goal = dataclasses.replace(metric, kind="value", target=None)
+        goal = _goal(metric)
         for record in self.of(metric.target):
             if record.seed == seed and record.state == "finished":
                 number = self.value(record, goal)
                 return None if number is None else number[0]
         return None
+
+
+def _goal(metric: Metric) -> Metric:
+    """Of steps or seconds to another arm's value: that value."""
+    return dataclasses.replace(metric, kind="value", target=None)
 
 
 def seconds_at(points: Sequence[tuple[float, float]], step: float) -> float | None:

@@ -63,12 +63,14 @@ def arms(report: Report) -> list[Table]:
     found = [Table([header[i] for i in used], [[row[i] for i in used] for row in rows])]
     for index, metric in enumerate(report.metrics):
         rows = []
-        shown = [arm for arm in report.arms if arm.summaries[index].n]  # measurements have numbers of their own
+        # Measurements have numbers of their own.
+        shown = [arm for arm in report.arms if arm.summaries[index].n or arm.not_finite[index]]
         for arm in shown:
             one, bounds = arm.summaries[index], arm.bounds[index]
             between = interval(one.low, one.high, 5)
-            note = f"{bounds} not reached: counted at the last step" if bounds else ""
-            rows.append([arm.name, str(one.n), number(one.mean), between, number(one.sd, 3), note])
+            notes = [f"{bounds} not reached: counted at the last step"] if bounds else []
+            notes += [f"{arm.not_finite[index]} not finite: in no mean"] if arm.not_finite[index] else []
+            rows.append([arm.name, str(one.n), number(one.mean), between, number(one.sd, 3), "; ".join(notes)])
         header = ["arm", "n", metric.label, "95 % interval", "sd", ""]
         width = 6 if any(row[5] for row in rows) else 5
         left = len(report.arms) - len(shown)
@@ -119,7 +121,10 @@ def verdict_facts(verdict: Verdict, report: Report) -> list[tuple[str, str]]:
         needed = f"; {verdict.needed} pairs would find that" if verdict.needed else ""
         facts.append(("smallest effect", f"{number(verdict.smallest, 4)} with power {power}{worth}{needed}"))
     missing = [f"{evidence.failed} failed"] if evidence.failed else []
-    missing += [f"{evidence.diverged[0]} + {evidence.diverged[1]} diverged"] if any(evidence.diverged) else []
+    lost = sum(evidence.not_finite)
+    how = f" ({lost} with a number that is not finite)" if lost else ""
+    missing += [f"{evidence.diverged[0]} + {evidence.diverged[1]} diverged{how}"] if any(evidence.diverged) else []
+    missing += [f"{evidence.no_number} without such a number"] if evidence.no_number else []
     missing += [f"{evidence.unfinished} still to end"] if evidence.unfinished else []
     if missing:
         facts.append(("runs missing", ", ".join(missing)))
@@ -202,8 +207,9 @@ def runs(report: Report) -> Table:
     for record in report.results.records:
         name = record.arm + (f" [{record.point}]" if record.point else "")
         found = report.results.metric
-        known = report.results.values(record.arm, found).get(record.seed) if record.stage == "compare" else None
-        value = number(known[0], 6) if known else "–"
+        compared = record.stage == "compare" and record.state == "finished"
+        known = report.results.number(record, found) if compared else None
+        value = "–" if known is None else number(known[0], 6) if math.isfinite(known[0]) else "not finite"
         ended = record.state + (f": {record.found.message}" if record.found.message and record.state != "finished" else "")
         rows.append([name, str(record.seed), ended, f"{record.found.step:,}", value, record.directory.name])
     return Table(["arm", "seed", "state", "step", report.results.metric.label, "directory"], rows)

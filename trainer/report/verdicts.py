@@ -45,6 +45,8 @@ class Evidence:
       unfinished: runs of the two arms that are still to end.
       failed: runs of the two arms that crashed; their pairs are missing.
       diverged: runs of the claim's arm, and of the other one, that diverged; their pairs are missing.
+      not_finite: those of them that finished, with a number that is NaN or infinite.
+      no_number: finished runs of the two arms that have no number of this metric; their pairs are missing.
       missed: pairs in which the claim's arm alone did not reach a target, and in which the other one alone did not: the
         improvement is at most, or at least, 0.
       both_missed: pairs that are missing since neither did.
@@ -59,6 +61,8 @@ class Evidence:
     unfinished: int = 0
     failed: int = 0
     diverged: tuple[int, int] = (0, 0)
+    not_finite: tuple[int, int] = (0, 0)
+    no_number: int = 0
     missed: tuple[int, int] = (0, 0)
     both_missed: int = 0
     others: tuple[float, ...] = ()
@@ -199,7 +203,7 @@ def _word(
     if significant and test.less < test.greater:
         return CONTRADICTED, f"{f'worse by more than {rule.allowed}' if rule.allowed else 'the opposite holds'}: {shown}"
     if own > other:
-        return NOT_REPRODUCED, f"{own} runs of {evidence.claim.arm!r} diverged, {other} of {evidence.claim.against!r}"
+        return NOT_REPRODUCED, _diverged(evidence)
     effect, must = effects
     if significant:
         note = f"; {_missing(evidence)}" if _missing(evidence) else ""
@@ -238,7 +242,7 @@ def _undecided(evidence: Evidence, rule: Rule, n: int) -> tuple[str, str]:
         )
     (own, other), least = evidence.diverged, max(2, rule.least_pairs)
     if own > other and n < least <= n + own:  # too few pairs are left because of that
-        return NOT_REPRODUCED, f"{own} runs of {claim.arm!r} diverged, {other} of {claim.against!r}, and {n} pairs are left"
+        return NOT_REPRODUCED, f"{_diverged(evidence)}, and {n} pairs are left"
     if n == 1:
         return NO_VERDICT, "n = 1: one pair says nothing about noise"
     if n < least:
@@ -251,9 +255,22 @@ def _undecided(evidence: Evidence, rule: Rule, n: int) -> tuple[str, str]:
     )
 
 
+def _diverged(evidence: Evidence) -> str:
+    (own, other), claim = evidence.diverged, evidence.claim
+    return f"{own} runs of {claim.arm!r} {_how(evidence)}, {other} of {claim.against!r}"
+
+
+def _how(evidence: Evidence) -> str:
+    return "diverged or have no finite number" if any(evidence.not_finite) else "diverged"
+
+
 def _missing(evidence: Evidence) -> str:
     words = [f"{evidence.failed} runs failed"] if evidence.failed else []
-    words += [f"{evidence.diverged[0]} and {evidence.diverged[1]} runs diverged"] if any(evidence.diverged) else []
+    if evidence.no_number:
+        words.append(
+            "1 run has no such number" if evidence.no_number == 1 else f"{evidence.no_number} runs have no such number"
+        )
+    words += [f"{evidence.diverged[0]} and {evidence.diverged[1]} runs {_how(evidence)}"] if any(evidence.diverged) else []
     own, other = evidence.missed
     words += [f"in {own} pairs {evidence.claim.arm!r} did not reach the target"] if own else []
     words += [f"in {other} pairs {evidence.claim.against!r} did not reach the target"] if other else []

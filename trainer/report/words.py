@@ -22,7 +22,8 @@ METHOD = (
     "No verdict is given for one pair, for pairs that differ by rounding alone (then the seed changes nothing), or before "
     "every planned run has ended: the number of pairs was fixed beforehand, and looking early would raise the error rate.",
     "A run that crashed is in no mean, and its pair is missing. A run that diverged is an outcome: it is in no mean either, "
-    "but an arm that diverges more often than the other cannot be `reproduced`.",
+    "but an arm that diverges more often than the other cannot be `reproduced`. One that finished with a number that is NaN or "
+    "infinite has diverged for every claim by that number.",
     "Of a target (steps or seconds to a value) that one arm of a pair misses, that arm gets no credit: the improvement counts "
     "as 0 at best. A pair in which both miss it has no number.",
     "Arms that are tuned take the best point on seeds of their own, which the comparison does not use.",

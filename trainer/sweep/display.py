@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from trainer.sweep.ledger import last_ends
-from trainer.sweep.outcome import last_rows
+from trainer.sweep.outcome import last_rows, row_at
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, Run
 
@@ -94,12 +94,18 @@ def progress(place: Place, run: Run) -> tuple[str, str, str]:
     row = rows.get("train") or rows.get("val")
     if row is None:
         return "starting", "", ""
+    if run.steps and max(row["step"] for row in rows.values()) > run.steps:  # extended since: what is planned here is made
+        return f"step {run.steps:,}/{run.steps:,} (100%)", _loss(row_at(place.directory(run), run.steps)), ""
     step = row["step"]
     share = f"step {step:,}" + (f"/{run.steps:,} ({step / run.steps:.0%})" if run.steps else "")
-    loss = row.get("loss")
     each = row.get("timing", {}).get("step_seconds")
     left = f"{minutes((run.steps - step) * each)}" if each and run.steps > step else ""
-    return share, f"{loss:.4f}" if isinstance(loss, float) else str(loss or ""), left
+    return share, _loss(row), left
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    loss = row.get("loss")
+    return f"{loss:.4f}" if isinstance(loss, float) else str(loss or "")
 
 
 def minutes(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from strata import ConfigError, StrataError
 from trainer.atomic_files import write_bytes_atomic
 from trainer.metrics.jsonl import read_metrics
 from trainer.sweep.experiment import Metric
-from trainer.sweep.outcome import OVER, Outcome, series
+from trainer.sweep.outcome import OVER, Outcome, series, value
 from trainer.sweep.plan import Run
 
 
@@ -21,7 +22,7 @@ class Known:
     """A run that is over, as the report has it.
 
     Attributes:
-      numbers: by label of a metric: the value, and whether it is only a bound.
+      numbers: by label of a metric: the value, NaN if it is not finite, and whether it is only a bound.
       rows: what the report kept to draw (`trainer.report.curves`): evaluations whole, the rest thinned.
       versions, modules, machine, environment: as of a `trainer.report.records.Record`.
     """
@@ -38,6 +39,13 @@ class Known:
     def has(self, metric: Metric) -> bool:
         """Whether the number of a metric is here, or can be taken from the evaluations that are."""
         return metric.label in self.numbers or (not needs_training_rows(metric) and bool(series(self.rows, metric)))
+
+    def number(self, metric: Metric) -> float | None:
+        """Of a metric of kind `value`, for tuning to go by; None if there is none."""
+        planned = self.found.extended_from(self.config.get("train", {"steps": 0})["steps"])
+        if planned is not None and metric.last_evaluation:  # reports of earlier versions took an earlier row
+            return value(self.rows, metric, planned)
+        return self.numbers.get(metric.label, (None,))[0]
 
 
 def needs_training_rows(metric: Metric) -> bool:
@@ -135,7 +143,10 @@ def _known(run: Mapping[str, Any], rows: list[dict[str, Any]]) -> Known:
         raise ValueError("train.steps is no number")
     return Known(
         Outcome(str(run["state"]), int(run["step"]), str(run["message"])),
-        {str(label): (float(value), bool(bound)) for label, (value, bound) in run["numbers"].items()},
+        {
+            str(label): (math.nan if number is None else float(number), bool(bound))
+            for label, (number, bound) in run["numbers"].items()
+        },
         rows,
         run["config"],
         tuple(run["versions"]),

@@ -60,6 +60,11 @@ class Metric:
         return f"{self.split} {self.name} ({place}{f', {self.unit}' if self.unit else ''})"
 
     @property
+    def last_evaluation(self) -> bool:
+        """Whether it is the number of a run's last row of held-out data."""
+        return self.kind == "value" and self.split == "val" and self.at == "last"
+
+    @property
     def sign(self) -> int:
         """Times (arm - other) this is an improvement when positive."""
         return -1 if self.lower_is_better or self.kind != "value" else 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from strata import StrataError
+from trainer.metrics.jsonl import read_metrics
 from trainer.run_directory import RunDirectory
 from trainer.sweep.experiment import Metric
 
@@ -40,6 +41,10 @@ class Outcome:
         """Whether it will not go on if started again: it is finished, or diverged and would do so once more."""
         return self.state in ("finished", "diverged")
 
+    def extended_from(self, steps: int) -> int | None:
+        """`steps`, the updates planned (0: as many as it likes), of a run that went on beyond them; otherwise None."""
+        return steps if 0 < steps < self.step else None
+
 
 def outcome(directory: str | Path, steps: int) -> Outcome:
     """The state of the run in `directory`, which is to make `steps` updates (0: as many as it likes)."""
@@ -53,6 +58,8 @@ def outcome(directory: str | Path, steps: int) -> Outcome:
     if not (run.path / "config.json").is_file():
         return Outcome("missing")
     state, step, message = status.get("state"), int(status.get("step", 0)), str(status.get("message", ""))
+    if 0 < steps < step:  # it was extended, and its longer part is another experiment's, however it ended
+        return Outcome("finished", step)
     if state == "finished":
         return Outcome("finished" if step >= steps else "preempted", step, message)
     if state == "failed":
@@ -80,6 +87,16 @@ def last_rows(directory: str | Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def row_at(directory: str | Path, step: int) -> dict[str, Any]:
+    """The row of a step, of training if there is one, else of held-out data; empty if there is neither."""
+    try:
+        rows = read_metrics(Path(directory) / "metrics.jsonl")
+    except StrataError:
+        return {}
+    found = {row["split"]: row for row in rows if row["step"] == step}
+    return found.get("train") or found.get("val") or {}
+
+
 def series(rows: Sequence[Mapping[str, Any]], metric: Metric) -> list[tuple[int, float]]:
     """`(step, value)` of the rows of the metric's split that have it."""
     found = [(row["step"], _number(row, metric.name)) for row in rows if row["split"] == metric.split]
@@ -96,9 +113,18 @@ def _number(row: Mapping[str, Any], name: str) -> Any:
     return found
 
 
-def value(rows: Sequence[Mapping[str, Any]], metric: Metric) -> float | None:
-    """The number of a run for a metric of kind `value`; None if no row has it, or none is of the step asked for."""
+def value(rows: Sequence[Mapping[str, Any]], metric: Metric, extended_from: int | None = None) -> float | None:
+    """The number of a run for a metric of kind `value`; None if no row has it, or none is of the step asked for.
+
+    Args:
+      extended_from: the updates that were planned, of a run that went on beyond them. Later rows do not count, and its last
+        evaluation is the one at that step: an earlier row is of less training.
+    """
     points = series(rows, metric)
+    if extended_from is not None:
+        points = [(step, y) for step, y in points if step <= extended_from]
+        if metric.last_evaluation and points and points[-1][0] != extended_from:
+            return None
     if isinstance(metric.at, int):
         return next((y for step, y in points if step == metric.at), None)
     if not points:

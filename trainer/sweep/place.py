@@ -183,10 +183,11 @@ class Place:
             found = outcome(self.directory(run), run.steps)
             known = None if self.earlier is None else self.earlier.find(run)
             if known is not None and (metric.label in known.numbers or found.state == "missing"):
-                return True, known.numbers.get(metric.label, (None,))[0]
+                return True, known.number(metric)
             if found.state != "finished":
                 return found.ended or (found.state != "running" and given_up(ends.get(run.directory))), None
-            return True, outcomes.value(read_metrics(self.directory(run) / "metrics.jsonl"), metric)
+            rows = read_metrics(self.directory(run) / "metrics.jsonl")
+            return True, outcomes.value(rows, metric, found.extended_from(run.steps))
 
         return score
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -230,12 +231,12 @@ def make_plan(
 def _choose(
     arm: Arm, experiment: Experiment, tuning: Sequence[Run], score: Score | None
 ) -> tuple[Choice, Mapping[str, Any] | None]:
-    """The point with the best mean over the tuning seeds. A point of which a run diverged or failed is not chosen."""
+    """The point with the best mean over the tuning seeds. A point of which a run has no finite number is not chosen."""
     scores = {run: score(run) if score else (False, None) for run in tuning}
     means: dict[str, float | None] = {}
     for point in arm.tune.space:
         values = [scores[run][1] for run in tuning if run.point == label(point)]
-        known = [value for value in values if value is not None and value == value]
+        known = [value for value in values if value is not None and math.isfinite(value)]
         means[label(point)] = statistics.fmean(known) if len(known) == len(values) else None
     usable = {name: mean for name, mean in means.items() if mean is not None}
     if not usable or not all(ended for ended, _ in scores.values()):

@@ -180,7 +180,8 @@ class SearchLauncher(Launcher):
         number = self.numbers.pop(run.directory)
         found = outcome(self.place.directory(run), run.steps)
         if found.state == "finished":
-            self.study.tell(number, outcomes.value(read_metrics(self.place.directory(run) / "metrics.jsonl"), self.metric))
+            rows = read_metrics(self.place.directory(run) / "metrics.jsonl")
+            self.study.tell(number, outcomes.value(rows, self.metric, found.extended_from(run.steps)))
         else:
             self.study.tell(number, None, pruned=run.directory in self.pruned)
 
