@@ -148,6 +148,33 @@ def test_a_number_that_is_not_finite_and_the_loss_of_a_run_that_went_on_stay_wha
         shutil.move("gone", "runs")
 
 
+def test_what_an_earlier_report_said_of_how_runs_came_about_is_said_again_and_once(planted, report_file):
+    content = json.loads(report_file.read_text())
+    lasting = [
+        "runs shared the machine with others (more than one slot): their seconds are not those of a run alone",
+        "2 runs were made with another evaluate.batches than planned",
+        "planned.py is not what it was when the sweep was first started",
+        "seeds or axes were given on the command line, not by the file: --sweep.seed=0,1",
+    ]
+    uneven = "evaluations score different amounts of held-out data (1, 2 tokens), so steps and seconds to a loss compare"
+    said = [
+        lasting[0],
+        f"the earlier report said: {lasting[0]}",
+        *lasting[1:],
+        uneven,
+        "one seed: no verdict is given at n = 1",
+    ]
+    report_file.write_text(json.dumps(content | {"warnings": said}))
+
+    def repeated():
+        found = [text for text in read_results("planted.py", earlier=report_file).notes if "earlier report said" in text]
+        return [text.removeprefix("the earlier report said: ") for text in found]
+
+    assert repeated() == lasting
+    report_file.with_name("report.curves.jsonl").unlink()  # what evaluations scored is not known from anything else
+    assert repeated() == [*lasting, uneven]
+
+
 def test_what_is_no_report_of_this_experiment_is_refused(planted, report_file):
     content = json.loads(report_file.read_text())
     report_file.write_text(json.dumps(content | {"scale": "laptop"}))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from trainer.report import markdown, page
-from trainer.report.analysis import to_json
+from trainer.report.analysis import analyse, to_json
+from trainer.report.results import of_plan
 from trainer.report.tables import arms, runs, verdict_facts
 from trainer.report.verdicts import CONTRADICTED, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Tuning, axis
@@ -144,6 +145,9 @@ def test_an_extended_run_that_kept_no_evaluation_at_the_planned_step_has_no_numb
     assert verdict.word != CONTRADICTED and verdict.evidence.no_number == 10 and not verdict.evidence.seeds
     note = "10 runs went on beyond the 10 updates planned here and kept no evaluation at that step: they have no number"
     assert note in report.warnings
+    for run in plan.runs:
+        rewrite(planted, run, lambda row, arm=run.arm: row | {"tokens": 1000 if arm == "a" else 2000})
+    assert not any("held-out data" in warning for warning in planted.report(plan).warnings)
     also = [Metric(at="best"), Metric(at=5)]
     report = planted.report(extended(planted, make_experiment(also=also, metric=Metric(at="best")), kept=False))
     assert len(report.verdicts[0].evidence.seeds) == 5 and not any("went on" in warning for warning in report.warnings)
@@ -168,3 +172,27 @@ def test_tuning_goes_by_the_planned_step(planted, make_experiment):
     for run in [run for run in planted.plan(found).runs if run.stage == "tune"]:
         rewrite(planted, run, lambda row: None if (row["split"], row["step"]) == ("val", 10) else row)
     assert set(planted.plan(found).choices[0].means.values()) == {None}
+
+
+# ---- unlike evaluations
+
+
+def test_last_evaluations_of_different_amounts_of_the_same_data_are_said(planted, make_experiment):
+    other_data = {RATE: 0.3, "data.vocabulary": 16}
+    arms = [Arm("a"), Arm("b", {RATE: 0.5}), Arm("c", other_data)]
+    claims = [Claim(statement=f"{x} beats a", source="x", arm=x, against="a", rule=Rule()) for x in "bc"]
+
+    def said(of, claims=claims, **metric):
+        plan = planted.write_all(
+            planted.better | {"c": planted.better["b"]}, make_experiment(arms=arms, claims=claims, metric=Metric(**metric))
+        )
+        for run in plan.runs:
+            rewrite(planted, run, lambda row, arm=run.arm: row | {"tokens": of(arm, row["step"])})
+        warnings = analyse(of_plan(plan, planted.place)).warnings
+        return [warning for warning in warnings if "held-out data" in warning]
+
+    (warning,) = said(lambda arm, _: 2000 if arm == "a" else 1000)
+    assert "the last evaluations of b and a score different amounts of held-out data (1,000 and 2,000 tokens)" in warning
+    assert not said(lambda _, step: 2000 if step == 3 else 1000)  # the last one of every run is of more
+    assert not said(lambda arm, _: 2000 if arm == "a" else 1000, at="best")
+    assert not said(lambda arm, _: 2000 if arm == "a" else 1000, claims=claims[1:])

@@ -8,6 +8,8 @@ from statistics import fmean, stdev
 
 from trainer.report.records import Record
 from trainer.report.results import Results
+from trainer.sweep import outcome as outcomes
+from trainer.sweep.experiment import Metric
 
 
 def warnings(results: Results) -> list[str]:
@@ -56,7 +58,7 @@ def warnings(results: Results) -> list[str]:
             known = [results.number(record, metric) for arm in results.arms for record in results.of(arm.name)]
             if known and all(number is None for number in known):
                 found.append(f"no run has a {metric.label}")
-    found += _uneven_evaluations(results)
+    found += _uneven_evaluations(results) + _uneven_ends(results)
     if len(results.seeds) == 1 and results.claims:
         found.append("one seed: no verdict is given at n = 1")
     return found + results.notes
@@ -129,6 +131,35 @@ def _uneven_evaluations(results: Results) -> list[str]:
         f"evaluations score different amounts of held-out data ({shown} tokens), so steps and seconds to a loss compare unlike "
         "numbers: give evaluate.final_batches = evaluate.batches"
     ]
+
+
+def _uneven_ends(results: Results) -> list[str]:
+    """Claims about last evaluations whose two arms, on the same data, scored different amounts of it."""
+    found = []
+    for claim in results.claims:
+        metric = claim.metric or results.metric
+        if not metric.last_evaluation:
+            continue
+        other = {record.seed: record for record in results.of(claim.against)}
+        pairs = [(record, other[record.seed]) for record in results.of(claim.arm) if record.seed in other]
+        pairs = [(one, two) for one, two in pairs if one.config.get("data") == two.config.get("data")]
+        sizes = [(_scored(one, metric), _scored(two, metric)) for one, two in pairs]
+        uneven = [(a, b) for a, b in sizes if a is not None and b is not None and a != b]
+        if uneven:
+            of = "; ".join(f"{a:,} and {b:,} tokens" for a, b in dict.fromkeys(uneven))
+            found.append(
+                f"the last evaluations of {claim.arm} and {claim.against} score different amounts of held-out data ({of}), so "
+                "their numbers are of unlike data: give both the same evaluate.final_batches"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _scored(record: Record, metric: Metric) -> int | None:
+    """Tokens of the evaluation that a finished run's number is of; None if it does not say, or there is no number."""
+    if outcomes.value(record.rows, metric, record.extended_from) is None:
+        return None
+    rows = [row for row in record.rows if row["split"] == "val" and outcomes.series([row], metric)]
+    return rows[-1].get("tokens") if rows and record.state == "finished" else None
 
 
 def _parts_left(results: Results) -> str:

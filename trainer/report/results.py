@@ -15,7 +15,7 @@ from trainer.report.promises import changed_rules
 from trainer.report.records import Record, make_record, read_json
 from trainer.sweep import outcome as outcomes
 from trainer.sweep.changes import flat
-from trainer.sweep.earlier import Earlier, needs_training_rows
+from trainer.sweep.earlier import SAID, Earlier, needs_training_rows
 from trainer.sweep.experiment import Arm, Claim, Metric
 from trainer.sweep.ledger import last_ends
 from trainer.sweep.needs import with_needed
@@ -279,7 +279,7 @@ def _remembered(plan: Plan, place: Place, records: Sequence[Record]) -> list[str
         *(f"of {count} of them {label} is not known" for label, count in sorted(lacking.items())),
         *_differences(differences),
         *(f"{note} for the earlier report" for note in changed_rules(plan, started)),
-        *(f"the earlier report said: {text}" for text in earlier.changed),
+        *(f"{SAID}{text}" for text in earlier.caveats),
     ]
 
 

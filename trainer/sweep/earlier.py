@@ -16,6 +16,22 @@ from trainer.sweep.experiment import Metric
 from trainer.sweep.outcome import OVER, Outcome, series, value
 from trainer.sweep.plan import Run
 
+LASTING = (
+    "were changed after",
+    "is not what it was when",
+    "were given on the command line",
+    "were made with another",
+    "runs shared the machine with others",
+)
+"""In warnings about how runs came about that stands in ledgers and run directories alone: they go on from report to report.
+All others are found again in what a report keeps, or are of that report and no run.
+"""
+
+OF_ROWS = "different amounts of held-out data"
+"""In warnings that are found again in evaluations, where the report has kept them."""
+
+SAID = "the earlier report said: "
+
 
 @dataclasses.dataclass(frozen=True)
 class Known:
@@ -72,9 +88,11 @@ class Earlier:
             self._text = self.path.read_text()
             content = json.loads(self._text)
             self.title, self.scale, self.made, self.rules = (content[key] for key in ("title", "scale", "made", "rules"))
-            self.changed = tuple(text for text in content["warnings"] if "were changed after" in text)
             self.changes: Mapping[str, Any] = dict(content["changes"])
             rows = _read_curves(curves_beside(self.path))
+            lasting = LASTING if rows else (*LASTING, OF_ROWS)
+            said = (text.removeprefix(SAID) for text in content["warnings"] if any(words in text for words in lasting))
+            self.caveats = tuple(dict.fromkeys(said))
             self._runs = {
                 run["directory"]: _known(run, rows.get(run["directory"], [])) for run in content["runs"] if run["state"] in OVER
             }
