@@ -47,7 +47,7 @@ class Transformer(nnx.Module):
                     variable.set_metadata("positions", (0,))
         # A strategy that is a module has parameters of its own, such as a router's; others are made when they are asked for.
         strategy = implementation(model.depth)
-        self.depth = strategy(model.depth, model, rngs=rngs) if issubclass(strategy, nnx.Module) else None
+        self.depth = strategy(model.depth, model, rngs=rngs) if _is_module(strategy) else None
 
     def __call__(self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, depth: Any = None) -> jax.Array:
         """int32 [B, T] -> float32 logits [B, T, vocab]; see `hidden` for the arguments."""
@@ -120,8 +120,17 @@ class Transformer(nnx.Module):
         """An empty cache for `batch` sequences of at most `length` tokens.
 
         `start` may be set to int32 [batch]: the first position of each sequence, for prompts padded on the left.
+
+        Raises:
+          ConfigError: a mixer or the depth strategy, one of the user's own, only trains.
         """
         stack = self.stack()
+        asked = [(type(mixer), ("init_cache", "prepare_step", "step")) for mixer in stack.mixers.values()]
+        for part, methods in (*asked, (type(self._depth(None)), ("step",))):
+            missing = [method for method in methods if not hasattr(part, method)]
+            if missing:
+                name = f"{part.__module__}.{part.__qualname__}"
+                raise ConfigError(f"{name} has no {', '.join(missing)}, so that its model trains but does not generate")
 
         def empty(kind: Kind, mixer: Any) -> Any:
             layers = stack.count(kind) * stack.loops
@@ -150,11 +159,15 @@ class Transformer(nnx.Module):
     def _depth(self, depth: Any) -> Any:
         option = self.options.depth if depth is None else depth_options(depth, self.options)
         strategy = implementation(option)
-        if not issubclass(strategy, nnx.Module):
+        if not _is_module(strategy):
             return strategy(option)
         if self.depth is None or option != self.options.depth:
             raise ConfigError(f"depth.name = {option.name!r} has parameters of its own, so it runs only as it was trained")
         return self.depth
+
+
+def _is_module(strategy: Any) -> bool:
+    return isinstance(strategy, type) and issubclass(strategy, nnx.Module)
 
 
 def depth_options(depth: Any, model: options.Model, where: str = "depth") -> Any:

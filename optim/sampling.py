@@ -109,7 +109,7 @@ def drop_muon(options: DropMuon, declared: Mapping[str, Parameter], steps: int |
     """The cuts of Drop-Muon over a model.
 
     Raises:
-      ConfigError: a tied embedding, more buckets than layers, or a shifted distribution over a run of unknown length.
+      ConfigError: a tied embedding, or more buckets than layers.
     """
     problems, depth = [], depth_of(declared)
     if not any(parameter.role == "head" for parameter in declared.values()):
@@ -117,16 +117,21 @@ def drop_muon(options: DropMuon, declared: Mapping[str, Parameter], steps: int |
         problems.append(Problem("optimizer.sampling.name", message, options.name))
     if options.buckets > depth:
         problems.append(Problem("optimizer.sampling.buckets", f"more than the {depth} layers of the model", options.buckets))
-    if steps is None and options.depends_on_steps:
-        message = "it depends on the length of the run, which was not given: pass steps="
-        problems.append(Problem("optimizer.sampling.distribution", message, options.distribution))
     if problems:
         raise ConfigError(problems, source="the optimizer's layer sampling")
     return Cuts(options, depth, steps)
 
 
 def layer_cuts(optimizer: Optimizer, declared: Mapping[str, Parameter], steps: int | None) -> Any:
-    """The cuts of a recipe; None without layer sampling."""
-    if optimizer.sampling is None:
+    """The cuts of a recipe; None without layer sampling.
+
+    Raises:
+      ConfigError: it needs the length of the run, or does not fit the model.
+    """
+    chosen = optimizer.sampling
+    if chosen is None:
         return None
-    return implementation(optimizer.sampling)(optimizer.sampling, declared, steps)
+    if steps is None and chosen.depends_on_steps:
+        message = "it depends on the length of the run, which was not given: pass steps="
+        raise ConfigError([Problem("optimizer.sampling.name", message, chosen.name)], source="the optimizer's layer sampling")
+    return implementation(chosen)(chosen, declared, steps)

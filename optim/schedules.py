@@ -21,7 +21,7 @@ from optim import options
 from strata import ConfigError, Problem
 
 Multiplier = Callable[..., Any]
-"""`multiplier(step, xp=numpy)` -> fraction of the full rate; `step` a whole number or an array of them."""
+"""`multiplier(step, xp)`, xp NumPy or jax.numpy -> fraction of the full rate; `step` a whole number or an array of them."""
 
 
 def constant(chosen: options.Constant, steps: int | None) -> Multiplier:
@@ -191,7 +191,7 @@ class RateTable:
 
     def __call__(self, step: int) -> dict[str, np.float32]:
         """Rates of update `step` by group."""
-        return {name: np.float32(peak * self._multipliers[name](step)) for name, peak in self.peaks.items()}
+        return {name: np.float32(peak * self._multipliers[name](step, np)) for name, peak in self.peaks.items()}
 
 
 def _real(step: Any, xp: ModuleType) -> Any:

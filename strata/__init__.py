@@ -6,8 +6,8 @@ turns a plain nested dict into those objects, reports every mistake it finds at 
 
 from strata.errors import ConfigError, DataError, Diverged, Preempted, Problem, StrataError
 from strata.options import option, options, part, parts, section
-from strata.registry import implementation, lookup, names, register
-from strata.resolve import resolve, to_tree
+from strata.registry import base, implementation, lookup, names, register
+from strata.resolve import components, resolve, to_tree
 from strata.version import VERSION
 
 __version__ = VERSION
@@ -19,6 +19,8 @@ __all__ = [
     "Preempted",
     "Problem",
     "StrataError",
+    "base",
+    "components",
     "implementation",
     "lookup",
     "names",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 _components: dict[str, dict[str, type]] = {}
+_bases: dict[str, type] = {}
 
 
 def register(kind: str, name: str, *, implementation: str | None = None) -> Callable[[type], type]:
@@ -37,9 +38,34 @@ def register(kind: str, name: str, *, implementation: str | None = None) -> Call
             raise ValueError(f"{kind} {name!r} is registered by both {other.__module__} and {cls.__module__}")
         cls.kind, cls.name, cls.implemented_by = kind, name, implementation
         known[name] = cls
+        _complete(cls)
         return cls
 
     return add
+
+
+def base(kind: str) -> Callable[[type], type]:
+    """Class decorator for what other code asks of the options of a kind, with the answer of those that do not say.
+
+    An options class may inherit from it; of one that does not, registering fills in what it lacks. So whoever asks needs no
+    answer of its own for parts that were written elsewhere.
+    """
+
+    def add(cls: type) -> type:
+        _bases[kind] = cls
+        for known in _components.get(kind, {}).values():  # a plugin may have been imported before the package that asks
+            _complete(known)
+        return cls
+
+    return add
+
+
+def _complete(cls: type) -> None:
+    """Give an options class what the base of its kind has and it lacks."""
+    asked = vars(_bases[cls.kind]) if cls.kind in _bases else {}
+    for name, answer in asked.items():
+        if not name.startswith("_") and not hasattr(cls, name) and name not in getattr(cls, "__dataclass_fields__", ()):
+            setattr(cls, name, answer)
 
 
 def names(kind: str) -> list[str]:

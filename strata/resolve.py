@@ -226,6 +226,22 @@ def to_tree(value: Any) -> Any:
     return plain(value)
 
 
+def components(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every component in an options object by dotted path, itself included, at any depth; nothing for None."""
+    if not dataclasses.is_dataclass(value):
+        return
+    if hasattr(type(value), "kind"):
+        yield path, value
+    hints = type_hints(type(value))
+    for field in dataclasses.fields(value):
+        declared, where = declaration(field), f"{path}.{field.name}" if path else field.name
+        if declared.many:
+            for i, element in enumerate(getattr(value, field.name)):
+                yield from components(element, f"{where}.{i}")
+        elif declared.part or dataclasses.is_dataclass(hints[field.name]):  # no others are read: one may be wrong
+            yield from components(getattr(value, field.name), where)
+
+
 def leaves(value: Any, path: str = "", key: str = "semantic", *, identity: bool = False) -> Iterator[tuple[str, Any, str]]:
     """Every leaf of an options object as `(dotted path, plain value, key class)`.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from strata import implementation
+from strata import ConfigError, implementation
 from trainer.data.corpus import skip_words
 from trainer.evaluate import describe
 from trainer.flops import FORMULA
@@ -63,7 +63,11 @@ def mixer_lines(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
     dtype, length = jnp.dtype(config.train.precision), config.data.sequence_length
     batch = config.data.batch_size // config.train.accumulation
     with jax.set_mesh(mesh):
-        found = [implementation(mixer).explain(mixer, layer, dtype, length, batch) for mixer, layer in kinds.items()]
+        found = [
+            implementation(mixer).explain(mixer, layer, dtype, length, batch)
+            for mixer, layer in kinds.items()
+            if hasattr(implementation(mixer), "explain")  # one with a single way to be computed has nothing to say
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -139,9 +143,12 @@ def _sample(loop: Loop, state: Any) -> str | None:
     if count < 1:
         return None
     model = nnx.merge(setup.graph, nnx.State(state["params"]))
-    tokens = generate(
-        model, [prompt], count, sampling=Sampling(temperature=0.8), seed=config.seed, banned=[tokenizer.separator]
-    )
+    how = {"sampling": Sampling(temperature=0.8), "seed": config.seed, "banned": [tokenizer.separator]}
+    try:
+        tokens = generate(model, [prompt], count, **how)
+    except ConfigError as error:  # the run has trained and is saved
+        print(f"no sample: {error}")
+        return None
     return config.log.sample + tokenizer.decode(tokens[0])
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from models.options import Model
 from optim.options import Optimizer
 from strata import option, options, part, section
+from trainer.data.options import Batches
 from trainer.diagnostics.options import Diagnostics
 
 Problems = Iterator[tuple[str, str]]
+BATCHES = tuple(field.name for field in dataclasses.fields(Batches))
 
 
 @options
@@ -192,6 +195,7 @@ class Config:
 
     def problems(self) -> Iterator[Problems]:
         """Combinations across sections."""
+        yield self._data_problems()
         yield self._batch_problems()
         yield self._evaluation_problems()
         yield self._sampling_problems()
@@ -200,7 +204,19 @@ class Config:
         yield self._conversion_problems()
         yield self._optimizer_problems()
 
+    def _data_problems(self) -> Problems:
+        missing = [name for name in BATCHES if not hasattr(self.data, name)]
+        if missing:
+            kind = type(self.data)
+            message = (
+                f"{kind.__module__}.{kind.__qualname__} lacks {', '.join(missing)}, which all data has; make it a subclass of "
+                "trainer.data.options.Batches"
+            )
+            yield "data.name", message
+
     def _batch_problems(self) -> Problems:
+        if not hasattr(self.data, "batch_size"):
+            return
         size, parts = self.data.batch_size, self.train.accumulation
         if size % parts:
             yield "train.accumulation", f"{parts} micro-batches do not divide data.batch_size {size}"

@@ -63,7 +63,7 @@ class DyT(nnx.Module):
 def make_norm(model: options.Model, site: str, *, rngs: nnx.Rngs) -> nnx.Module:
     """The norm that a config chooses, over the width; `site` is what reads it: `"mixer"`, `"ffn"`, or another place."""
     option = model.norm.for_site(site) if hasattr(model.norm, "for_site") else model.norm
-    return implementation(option)(option, model.width, rngs=rngs)
+    return implementation(option)(option, model.width, axis="embed", rngs=rngs)
 
 
 def _row(vector: nnx.Param, ndim: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Options of every model part. Imports no JAX: a config is checked before JAX is loaded.
 
-Each module holds one kind. What an options class may define beside its fields, all of it optional:
+Each module holds one kind. What an options class may define beside its fields, all of it optional. `Placement`, `Mixer`, `FFN`
+and `Depth` are what is asked of those kinds, with the defaults; placements and depth strategies have tables in their modules.
 
 | attribute or method | kinds | says |
 |---|---|---|
@@ -14,8 +15,8 @@ Each module holds one kind. What an options class may define beside its fields, 
 
 from models.options.activations import GELUActivation, SiLU, SquaredReLUActivation
 from models.options.conversions import Looped
-from models.options.depths import LayerParallelDepth, RecursiveDepth, SequentialDepth
-from models.options.ffns import GELU, GLU, MLP, SquaredReLU, SwiGLU
+from models.options.depths import Depth, LayerParallelDepth, RecursiveDepth, SequentialDepth
+from models.options.ffns import FFN, GELU, GLU, MLP, SquaredReLU, SwiGLU
 from models.options.linear_mixers import (
     GLA,
     KDA,
@@ -29,7 +30,7 @@ from models.options.linear_mixers import (
     StepDecayMixer,
 )
 from models.options.linears import NOBLE, Dense, LoRA
-from models.options.mixers import Attention, Hybrid
+from models.options.mixers import Attention, Hybrid, Mixer
 from models.options.model import Model
 from models.options.norms import DyT, LayerNorm, RMSNorm
 from models.options.placements import (
@@ -41,6 +42,7 @@ from models.options.placements import (
     NoNorm,
     Parallel,
     PeriLN,
+    Placement,
     PostNorm,
     PreNorm,
     Sandwich,
@@ -52,7 +54,9 @@ __all__ = [
     "DeepNorm",
     "DeltaNet",
     "Dense",
+    "Depth",
     "DyT",
+    "FFN",
     "GELU",
     "GELUActivation",
     "GLA",
@@ -71,11 +75,13 @@ __all__ = [
     "Looped",
     "MLP",
     "MixLN",
+    "Mixer",
     "Model",
     "NOBLE",
     "NoNorm",
     "Parallel",
     "PeriLN",
+    "Placement",
     "PostNorm",
     "PreNorm",
     "RMSNorm",

@@ -3,12 +3,14 @@
 `config.model.depth` is how a run trains. Another strategy can be asked for on the same weights when evaluating,
 generating or calling the model; what it then needs of the model is checked by `problems_as_request`.
 
+What a strategy of one's own does not say is what `Depth` says.
+
 | attribute or method | says |
 |---|---|
 | `loops` | how often the blocks are run through; the model has `layers / loops` of them |
 | `adapter_rank`, `adapter_scale` | of the low-rank matrices that every executed layer adds to each projection; rank 0: none |
 | `share_norms` | whether loops share what is no projection |
-| `depends_on_steps` | whether the loss depends on the length of the run, so that extending a run would change it |
+| `depends_on_steps` | whether it reads `progress`, so that extending a run would change its loss; True where it is not said |
 | `uses(layers)` | how often a training step evaluates each executed layer, to count its work |
 | `read_outs` | how often a training step applies the head to a token, to count its work |
 | `one_by_one` | whether decoding n tokens in one step gives what n steps of one token do, as checking drafts needs |
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from models.options.linears import rank_problems
-from strata import option, options, register
+from strata import base, option, options, register
 
 if TYPE_CHECKING:
     from models.options.model import Model
@@ -31,12 +33,15 @@ if TYPE_CHECKING:
 UNROLL_HELP = "True writes every layer out, False scans over them; None: written out on CPU up to 16 layers, scanned otherwise"
 
 
-class _Depth:
+@base("model.depth")
+class Depth:
+    """What is asked of every depth strategy: by default that of one which runs each block once, in order."""
+
     loops = 1
     adapter_rank = 0
     adapter_scale = 1.0
     share_norms = True
-    depends_on_steps = False
+    depends_on_steps = True
     read_outs = 1
     one_by_one = True
 
@@ -66,21 +71,25 @@ class _Depth:
 
 @register("model.depth", "sequential", implementation="models.depth.sequential:Sequential")
 @options
-class SequentialDepth(_Depth):
+class SequentialDepth(Depth):
     """Blocks one after another, each once; on a looped model, loop after loop."""
+
+    depends_on_steps = False
 
     unroll: bool | None = option(None, UNROLL_HELP, key="execution")
 
 
 @register("model.depth", "recursive", implementation="models.depth.recursive:Recursive")
 @options
-class RecursiveDepth(_Depth):
+class RecursiveDepth(Depth):
     """`layers / loops` blocks, run through `loops` times (CYCLE sharing; Bae et al. 2024, arXiv:2410.20672).
 
     Executed layer l uses block l mod (layers / loops). With `rank` the model is *relaxed*: every executed layer has a
     low-rank matrix of its own beside each projection, the first loop included. Exits train the result of every loop to
     predict; the forms of their losses are inferred from the names in the paper's table.
     """
+
+    depends_on_steps = False
 
     loops: int = option(2, "times that the blocks are run through; divides the layers", least=1)
     rank: int = option(0, "of the low-rank matrix of each executed layer; a smaller side of a matrix is its limit", least=0)
@@ -171,7 +180,7 @@ class RecursiveDepth(_Depth):
 
 @register("model.depth", "layer_parallel", implementation="models.depth.layer_parallel:LayerParallel")
 @options
-class LayerParallelDepth(_Depth):
+class LayerParallelDepth(Depth):
     """Structured Newton layer parallelism: the last `layers` blocks all at once, `sweeps` times (arXiv:2605.17842).
 
     A sweep evaluates every block of the suffix at its current input and corrects the results along depth,

@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from models.options.activations import GELUActivation, SiLU, SquaredReLUActivation
-from strata import option, options, part, register
+from strata import base, option, options, part, register
 
 if TYPE_CHECKING:
     from models.options.model import Model
+
+
+@base("model.ffn")
+class FFN:
+    """What is asked of every feed-forward layer: by default that of one without linear layers."""
+
+    def projections(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Units in and out of each linear layer."""
+        del model
+        return {}
 
 
 @options

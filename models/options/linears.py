@@ -70,6 +70,8 @@ class NOBLE:
     def problems_in(self, model: Model) -> Iterator[tuple[str, str]]:
         """The branch must be narrower than each matrix."""
         shapes = model.projections()
+        if not shapes:
+            return
         site, (rows, columns) = min(shapes.items(), key=lambda item: min(item[1]))
         if self.rank >= min(rows, columns):
             yield "rank", f"the branch must be narrower than every matrix, and {site} is {rows} x {columns}"
@@ -78,6 +80,8 @@ class NOBLE:
 def rank_problems(rank: int, model: Model) -> Iterator[tuple[str, str]]:
     """A low-rank branch whose rank exceeds every matrix it could be added to; of smaller matrices their side is the limit."""
     shapes = model.projections()
+    if not shapes:  # parts of one's own need not name their linear layers
+        return
     site, (rows, columns) = max(shapes.items(), key=lambda item: min(item[1]))
     if rank > min(rows, columns):
         yield "rank", f"no matrix of the blocks has rank {rank}; the largest, {site}, is {rows} x {columns}"

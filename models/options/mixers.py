@@ -5,10 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from strata import option, options, parts, register
+from strata import base, option, options, parts, register
 
 if TYPE_CHECKING:
     from models.options.model import Model
+
+
+@base("model.mixer")
+class Mixer:
+    """What is asked of every mixer: by default that of one without linear layers, whose own work is not counted."""
+
+    even_heads = False
+
+    def projections(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Units in and out of each linear layer."""
+        del model
+        return {}
+
+    def flops(self, model: Model, length: int) -> tuple[float, float]:
+        """Training FLOPs a token and layer beside its matrices: of the full square of scores, and of the causal half."""
+        del model, length
+        return 0.0, 0.0
 
 
 @register("model.mixer", "attention", implementation="models.mixers.attention:Attention")

@@ -149,7 +149,7 @@ class Model:
                 "heads",
                 f"{self.query_heads} heads do not divide width {self.width}; give model.head_size, or heads from {divisors}",
             )
-        elif self.head_units % 2 and any(getattr(layer.mixer, "even_heads", False) for layer in self.plan()):
+        elif self.head_units % 2 and any(layer.mixer.even_heads for layer in self.plan()):
             yield "head_size", f"rotary positions need an even head size, not {self.head_units} (width / heads)"
 
     def _key_head_problems(self) -> Problems:

@@ -1,14 +1,19 @@
 """Placements: where norms sit around a sub-layer, and how its result joins the residual stream.
 
-Class attributes say what other parts need to know:
+Attributes of the options say what other parts need to know. They have defaults, in `Placement`, that claim nothing which
+another part would build on:
 
-| attribute | meaning |
-|---|---|
-| `final_norm` | whether the stack's result is normalised before the head |
-| `additive` | each sub-layer adds to the stream, so that several may read one input and be summed |
-| `transport` | what carries the state past a block with its branches held: `identity`, `scale`, `matrix`; None: nothing exact |
-| `output_init` | how projections that write to the stream start: `zero`, or `normal` where a norm follows them |
-| `streams` | how many copies of the residual stream there are; None: one, without a stream axis |
+| attribute or method | default | meaning |
+|---|---|---|
+| `final_norm` | True | whether the stack's result is normalised before the head |
+| `embedding_norm` | False | whether the embedding is normalised before the first block |
+| `additive` | False | each sub-layer adds to the stream, so that several may read one input and be summed |
+| `transport` | None | what carries the state past a block, branches held: `identity`, `scale`, `matrix`; None: nothing exact |
+| `output_init` | `zero` | how projections that write to the stream start: `zero`, or `normal` where a norm follows them |
+| `streams` | None | how many copies of the residual stream there are; None: one, without a stream axis |
+| `gain(site, layers)` | 1 | factor of the initial scale of a projection |
+
+`scale` and `matrix` promise that the implementation's `transports` gives that.
 """
 
 from __future__ import annotations
@@ -16,19 +21,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from strata import option, options, register, registry
+from strata import base, option, options, register, registry
 
 if TYPE_CHECKING:
     from models.options.model import Model
 
 
-class _Placement:
+@base("model.placement")
+class Placement:
+    """What is asked of every placement; see above."""
+
     final_norm = True
-    additive = True
-    transport: str | None = "identity"
+    embedding_norm = False
+    additive = False
+    transport: str | None = None
     output_init = "zero"
     streams: int | None = None
-    embedding_norm = False
 
     def gain(self, site: str, layers: int) -> float:
         """Factor of the initial scale of the projection `site`."""
@@ -36,27 +44,31 @@ class _Placement:
         return 1.0
 
 
+class Additive(Placement):
+    """Placements whose sub-layers add to the stream and leave the rest of it as it is."""
+
+    additive = True
+    transport: str | None = "identity"
+
+
 @register("model.placement", "pre", implementation="models.placements.norms:PreNorm")
 @options
-class PreNorm(_Placement):
+class PreNorm(Additive):
     """`h + f(norm(h))` around every sub-layer, with a final norm (Xiong et al. 2020, arXiv:2002.04745)."""
 
 
 @register("model.placement", "post", implementation="models.placements.norms:PostNorm")
 @options
-class PostNorm(_Placement):
+class PostNorm(Placement):
     """`norm(h + f(h))` (Vaswani et al. 2017, arXiv:1706.03762), with a final norm as the code of Mix-LN keeps one.
 
     A gain of 1 everywhere makes the final norm change nothing; it is there so that all placements have equal parameters.
     """
 
-    additive = False
-    transport = None
-
 
 @register("model.placement", "mix", implementation=None)
 @options
-class MixLN(_Placement):
+class MixLN(Placement):
     """Post-LN in the first layers and pre-LN after them (Li et al. 2024, Mix-LN, arXiv:2412.13795).
 
     With shared depth (`recursive`) the fraction is of the unique layers: a block keeps its placement in every loop.
@@ -65,10 +77,6 @@ class MixLN(_Placement):
     alpha: float = option(0.25, "fraction of layers with the first placement, rounded to whole layers", least=0, most=1)
     first: str = option("post", "placement of the first layers")
     rest: str = option("pre", "placement of all layers after them; the released code also has sandwich")
-
-    # True of the whole stack only if it is of both kinds of layer; the fields are checked by `problems`.
-    additive = False
-    transport = None
 
     def at(self, layer: int, layers: int) -> object:
         """The placement of one layer."""
@@ -109,7 +117,7 @@ def _placement(name: str) -> object:
 
 @register("model.placement", "sandwich", implementation="models.placements.norms:Sandwich")
 @options
-class Sandwich(_Placement):
+class Sandwich(Additive):
     """`h + norm(f(norm(h)))` (Ding et al. 2021, CogView, arXiv:2105.13290)."""
 
     output_init = "normal"
@@ -117,7 +125,7 @@ class Sandwich(_Placement):
 
 @register("model.placement", "peri", implementation="models.placements.norms:Sandwich")
 @options
-class PeriLN(_Placement):
+class PeriLN(Additive):
     """`h + norm(f(norm(h)))` with an optional norm of the embedding (Kim et al. 2025, Peri-LN, arXiv:2502.02732)."""
 
     embedding_norm: bool = option(True, "normalise the embedding too, as the paper's models may")
@@ -126,7 +134,7 @@ class PeriLN(_Placement):
 
 @register("model.placement", "deepnorm", implementation="models.placements.norms:DeepNorm")
 @options
-class DeepNorm(_Placement):
+class DeepNorm(Placement):
     """`norm(a h + f(h))` with a = (2 L)^(1/4), no final norm (Wang et al. 2022, arXiv:2203.00555).
 
     Values, outputs and feed-forward matrices start smaller by (8 L)^(-1/4); the output gate of a linear mixer, which the paper
@@ -135,8 +143,6 @@ class DeepNorm(_Placement):
     """
 
     final_norm = False
-    additive = False
-    transport = None
     output_init = "normal"
 
     def gain(self, site: str, layers: int) -> float:
@@ -146,7 +152,7 @@ class DeepNorm(_Placement):
 
 @register("model.placement", "lns", implementation="models.placements.norms:LayerNormScaling")
 @options
-class LayerNormScaling(_Placement):
+class LayerNormScaling(Additive):
     """`h + f(norm(h) / sqrt(l))` for layer l = 1, 2, ... (Sun et al. 2025, arXiv:2502.05795); the final norm is not scaled.
 
     Its authors advise against scaled initial outputs (`model.output_init = "scaled"`), which cancel the benefit. With
@@ -161,7 +167,7 @@ class LayerNormScaling(_Placement):
 
 @register("model.placement", "parallel", implementation="models.placements.norms:Parallel")
 @options
-class Parallel(_Placement):
+class Parallel(Additive):
     """`h + mix(x) + ffn(x)` with x = norm(h): one norm a block (Wang and Komatsuzaki 2021, GPT-J; arXiv:2204.02311)."""
 
     additive = False  # its feed-forward layer reads the norm of the incoming state, not the state that the mixer left
@@ -169,7 +175,7 @@ class Parallel(_Placement):
 
 @register("model.placement", "none", implementation="models.placements.norms:NoNorm")
 @options
-class NoNorm(_Placement):
+class NoNorm(Additive):
     """`h + f(h)`: no norms at all, the final one included. A control; it needs small rates."""
 
     final_norm = False
@@ -177,7 +183,7 @@ class NoNorm(_Placement):
 
 @register("model.placement", "blend", implementation="models.placements.blend:Blend")
 @options
-class Blend(_Placement):
+class Blend(Additive):
     """Pre-norm over `a_l h + b_l e`, learned scalars and the embedding e: the residual scales of nanochat.
 
     Both scalars start on a line from the first layer to the last. The SNLP paper (arXiv:2605.17842) trains models with such
@@ -194,7 +200,7 @@ class Blend(_Placement):
 
 @register("model.placement", "mhc", implementation="models.placements.hyper_connections:HyperConnections")
 @options
-class HyperConnections(_Placement):
+class HyperConnections(Additive):
     """Manifold-constrained hyper-connections: several residual streams with doubly stochastic mixing (arXiv:2512.24880).
 
     Every sub-layer reads a weighted sum of the streams and writes to all of them, `X <- H_res X + H_post F(norm(H_pre X))`,

@@ -124,6 +124,8 @@ def summary_of(chosen: Any, parameter: Parameter, model: Mapping[str, Parameter]
 
     "in float32" stands where a configuration does not run in bfloat16 on an accelerator either, for any block.
     """
+    if not isinstance(chosen, options.Predicted | options.Measured):
+        return chosen.name  # of a way of one's own no more is known
 
     def label(i: int) -> str:
         name = chosen.candidates[i]
@@ -131,7 +133,7 @@ def summary_of(chosen: Any, parameter: Parameter, model: Mapping[str, Parameter]
         wide = any(needs_float32(name, chosen.accept, parameter.shape[-2], width) for width in widths)
         return f"{name} in float32" if wide else name
 
-    if chosen.name != "predicted":
+    if isinstance(chosen, options.Measured):
         return f"{chosen.name}: {label(len(chosen.candidates) - 1)} up to step {chosen.choose_at}"
     choices = predicted_choices(chosen, model)[parameter.path]
     counts = {label(i): choices.count(i) for i in sorted(set(choices))}

@@ -5,12 +5,12 @@ layer), `sampling` (which layers an update touches), `schedules`; `recipe` puts 
 """
 
 from optim.options.directions import LMO, SGD, AdamW, Muon, NorMuon, Optax
-from optim.options.layerwise import LANTON, LLR, AlphaDecay, ByType, Frozen, TempBalance
+from optim.options.layerwise import LANTON, LLR, AlphaDecay, ByType, Frozen, Layerwise, TempBalance
 from optim.options.newton_schulz import Measured, Predicted
 from optim.options.recipe import Optimizer
 from optim.options.roles import ROLES
-from optim.options.sampling import DropMuon
-from optim.options.schedules import WSD, WSDS, Constant, Cosine, CyclicCosine, Infinite, InverseSqrt, Linear, Warmup
+from optim.options.sampling import DropMuon, Sampling
+from optim.options.schedules import WSD, WSDS, Constant, Cosine, CyclicCosine, Infinite, InverseSqrt, Linear, Schedule, Warmup
 
 __all__ = [
     "AdamW",
@@ -26,6 +26,7 @@ __all__ = [
     "LANTON",
     "LLR",
     "LMO",
+    "Layerwise",
     "Linear",
     "Measured",
     "Muon",
@@ -35,6 +36,8 @@ __all__ = [
     "Predicted",
     "ROLES",
     "SGD",
+    "Sampling",
+    "Schedule",
     "TempBalance",
     "WSD",
     "WSDS",

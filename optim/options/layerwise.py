@@ -1,11 +1,26 @@
-"""Options of layerwise rates: a multiplier of the rate, or of the weight decay, for each layer's matrix."""
+"""Options of layerwise rates: a multiplier of the rate, or of the weight decay, for each layer's matrix.
+
+What the options of a layerwise rate may define beside their fields is in `Layerwise`.
+"""
 
 from __future__ import annotations
 
 from optim.options.roles import Problems, kind_problems
-from strata import option, options, register
+from strata import base, option, options, register
 
 METHODS = ("released", "textbook")
+
+
+@base("optimizer.layerwise")
+class Layerwise:
+    """What is asked of every layerwise rate."""
+
+    depends_on_steps = True
+    """Whether the multipliers of an update depend on the length of the run; if not, a run may be extended."""
+    of_decay = False
+    """Whether it multiplies the weight decay rather than the rate."""
+    needs_second_gradient = False
+    """Whether it reads the difference of two gradients at the same weights."""
 
 
 @options

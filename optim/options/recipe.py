@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from optim.options.roles import Problems
-from strata import option, options, part
-from strata.options import declaration
+from strata import components, option, options, part
 
 
 @options
@@ -27,7 +25,7 @@ class Optimizer:
     def parts(self) -> Iterator[tuple[str, Any]]:
         """Every chosen part of the recipe by the field that holds it, the common schedule first."""
         for name in ("schedule", "layerwise", "sampling", "direction"):
-            yield from _with_inner_parts(getattr(self, name), name)
+            yield from components(getattr(self, name), name)
 
     def schedules(self) -> Iterator[tuple[str, Any]]:
         """Every schedule of the recipe by the field that holds it, the common one first."""
@@ -35,8 +33,20 @@ class Optimizer:
 
     def problems(self) -> Iterator[Problems]:
         """Parts that do not fit each other."""
+        yield self._draw_problems()
         yield self._sampling_problems()
         yield self._decay_problems()
+
+    def _draw_problems(self) -> Problems:
+        """What draws layers says which can be drawn, and with what probability."""
+        missing = [name for name in ("buckets", "probabilities") if not hasattr(self.sampling, name)]
+        if missing and self.sampling is not None:
+            kind = type(self.sampling)
+            message = (
+                f"{kind.__module__}.{kind.__qualname__} lacks {' and '.join(missing)}, which every layer sampling has; see "
+                "optim.options.Sampling"
+            )
+            yield "sampling.name", message
 
     def _sampling_problems(self) -> Problems:
         """Under layer sampling no layer sees another."""
@@ -58,8 +68,7 @@ class Optimizer:
     @property
     def depends_on_steps(self) -> bool:
         """Whether any part looks at the length of the run, so that a longer run is another one."""
-        parts = [schedule for _, schedule in self.schedules()] + [self.layerwise, self.sampling]
-        return any(part.depends_on_steps for part in parts if part is not None)
+        return any(getattr(chosen, "depends_on_steps", False) for _, chosen in self.parts())
 
     @property
     def needs_second_gradient(self) -> bool:
@@ -88,15 +97,6 @@ class Optimizer:
         """
         found: dict[int, str] = {}
         for path, schedule in self.schedules():
-            for step, name in schedule.milestones(steps).items() if hasattr(schedule, "milestones") else ():
+            for step, name in schedule.milestones(steps).items():
                 found.setdefault(step, f"{name}-{path}" if name in found.values() else name)
         return found
-
-
-def _with_inner_parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """A part and the parts that are its fields, at any depth; nothing for None."""
-    if getattr(type(value), "kind", None) is None:
-        return
-    yield path, value
-    for field in filter(lambda field: declaration(field).part, dataclasses.fields(value)):
-        yield from _with_inner_parts(getattr(value, field.name), f"{path}.{field.name}")

@@ -1,4 +1,8 @@
-"""Options of layer sampling: which layers an update touches."""
+"""Options of layer sampling: which layers an update touches.
+
+`optim.sampling.Cuts` asks the options for `buckets`, the number of first active layers that can be drawn, and for
+`probabilities(progress)`, a float of each; what else they may define is in `Sampling`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,31 @@ import itertools
 import math
 
 from optim.options.roles import Problems
-from strata import option, options, register
+from strata import base, option, options, register
+
+
+@base("optimizer.sampling")
+class Sampling:
+    """What is asked of every layer sampling, beside `buckets` and `probabilities`."""
+
+    depends_on_steps = True
+    """Whether the draw of an update depends on the length of the run; if not, a run may be extended."""
+
+    @property
+    def average(self) -> list[float]:
+        """Probability of each cut over the whole run."""
+        every = [self.probabilities((i + 0.5) / 100) for i in range(100)]
+        return [sum(of_cut) / len(every) for of_cut in zip(*every, strict=True)]
+
+    @property
+    def least_activity(self) -> float:
+        """Share of a run's updates in which the lowest layers, active at cut 0 alone, are expected to be."""
+        return self.average[0]
 
 
 @register("optimizer.sampling", "drop_muon", implementation="optim.sampling:drop_muon")
 @options
-class DropMuon:
+class DropMuon(Sampling):
     """Update a random suffix of the layers; weights and optimizer state below it are frozen (arXiv:2510.02239)."""
 
     distribution: str = option(
@@ -51,17 +74,6 @@ class DropMuon:
             return [one - before for before, one in itertools.pairwise([0.0, *active])]
         weights = [math.exp(self.shift * ((1 - progress) * (count - 1 - i) + progress * i)) for i in range(count)]
         return [weight / sum(weights) for weight in weights]
-
-    @property
-    def average(self) -> list[float]:
-        """Probability of each cut over the whole run."""
-        every = [self.probabilities((i + 0.5) / 100) for i in range(100)]
-        return [sum(of_cut) / len(every) for of_cut in zip(*every, strict=True)]
-
-    @property
-    def least_activity(self) -> float:
-        """Share of a run's updates in which the lowest layers, active at cut 0 alone, are expected to be."""
-        return self.average[0]
 
     @property
     def depends_on_steps(self) -> bool:

@@ -1,10 +1,10 @@
 """Options of schedules: the fraction of the full rate over a run. See `optim.schedules` for the equations.
 
-What a schedule's options may define beside their fields:
+What a schedule's options may define beside their fields; what they do not is as in `Schedule`:
 
 | attribute or method | says |
 |---|---|
-| `depends_on_steps` | whether the rate of an update depends on the length of the run; if not, a run may be extended |
+| `depends_on_steps` | False: no rate depends on the length of the run, which may be extended; True where it is not said |
 | `problems_over(steps)` | what cannot work in a run of `steps` updates, as `(field, sentence)` |
 | `milestones(steps)` | updates after which the state is worth keeping under a name: ends of budgets and stable phases |
 """
@@ -15,12 +15,29 @@ import itertools
 from collections.abc import Iterator
 
 from optim.options.roles import Problems
-from strata import option, options, register
+from strata import base, option, options, register
+
+
+@base("optimizer.schedule")
+class Schedule:
+    """What is asked of every schedule."""
+
+    depends_on_steps = True
+
+    def problems_over(self, steps: int) -> Problems:
+        """What cannot work in a run of `steps` updates."""
+        del steps
+        yield from ()
+
+    def milestones(self, steps: int) -> dict[int, str]:
+        """Updates after which the state is worth keeping, with a name for each."""
+        del steps
+        return {}
 
 
 @options
-class Warmup:
-    """Fields that every schedule shares. Update k of a run, the first being 1, uses the rate of step k."""
+class Warmup(Schedule):
+    """Fields that the schedules here share. Update k of a run, the first being 1, uses the rate of step k."""
 
     warmup: int = option(0, "steps of linear warm-up: update k has k / warmup of the full rate", least=0)
 
@@ -28,10 +45,6 @@ class Warmup:
         """What cannot work in a run of `steps` updates."""
         if self.warmup > steps:
             yield "warmup", f"the warm-up of {self.warmup} steps is longer than the run of {steps}"
-
-    def milestones(self, steps: int) -> dict[int, str]:
-        """Updates after which the state is worth keeping, with a name for each."""
-        return {}
 
 
 @register("optimizer.schedule", "constant", implementation="optim.schedules:constant")

@@ -13,12 +13,12 @@ import optim
 import trainer
 from models.depth.sequential import run, step
 from models.layers.parameter import parameter
-from models.options.depths import _Depth
+from models.options import Depth
 from strata import ConfigError, option, options, register, registry
 
 
 @options
-class MixedLoopsOptions(_Depth):
+class MixedLoopsOptions(Depth):
     """The mean of the states after every loop, with learned weights."""
 
     loops: int = option(2, "times that the blocks are run through", least=1)

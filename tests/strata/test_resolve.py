@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from strata import lookup, option, options, part, parts, register, resolve, section, to_tree
+from strata import base, components, lookup, option, options, part, parts, register, resolve, section, to_tree
 from strata.registry import _components
 from strata.values import Mismatch, Text, coerce
 
@@ -277,6 +277,56 @@ def test_a_name_is_registered_once_and_fields_cannot_hide_it():
             name: str = option("x", "hidden")
 
     assert "odd" not in _components["test.paint"]
+
+
+def test_options_that_do_not_say_what_is_asked_of_their_kind_answer_as_its_base_in_either_order(monkeypatch):
+    monkeypatch.setitem(_components, "test.ink", {})
+    monkeypatch.setattr("strata.registry._bases", {})
+
+    def ink(name):
+        @register("test.ink", name)
+        @options
+        class Ink:
+            """Says one of two things, by a field."""
+
+            dries: bool = option(True, "within a minute")
+
+        return Ink()
+
+    before = ink("before")
+
+    @base("test.ink")
+    class Base:
+        """What is asked."""
+
+        dries = False
+        colour = "black"
+
+        def covers(self, paper):
+            """Whether it does."""
+            return (self.colour, paper)
+
+    for value in (before, ink("after")):
+        assert value.dries and value.colour == "black" and value.covers("white") == ("black", "white")
+
+
+def test_components_are_found_at_any_depth_in_lists_and_sections():
+    @options
+    class Inner:
+        """A section."""
+
+        coat: object = part("test.paint", "matt", "of the inside")
+
+    @options
+    class Outer:
+        """Holds parts in every way."""
+
+        inner: Inner = section(Inner, "within")
+        coats: tuple = parts("test.paint", "in turn")
+        none: object = part("test.paint", None, "absent")
+
+    value = Outer(coats=(Gloss(), Matt()))
+    assert dict(components(value, "wall")) == {"wall.inner.coat": Matt(), "wall.coats.0": Gloss(), "wall.coats.1": Matt()}
 
 
 def test_lookup_suggests_the_nearest_name():

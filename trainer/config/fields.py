@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 
 from strata import ConfigError, registry, to_tree
@@ -16,7 +15,6 @@ def describe_fields(path: str = "") -> str:
 
     A component's path shows every registered choice; `path.NAME` shows the fields of one.
     """
-    importlib.import_module("trainer.data.options")
     cls, key = Config, "semantic"
     for i, step in enumerate(steps := [s for s in path.split(".") if s]):
         field = next((f for f in dataclasses.fields(cls) if f.name == step), None) if isinstance(cls, type) else None

@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-from strata import to_tree
+from strata import components, to_tree
 from strata.resolve import leaves
 from trainer.options import Config
 
@@ -28,13 +28,23 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(semantic, sort_keys=True).encode()).hexdigest()[:8]
 
 
+_words = {
+    "optimizer.schedule": "schedule",
+    "optimizer.layerwise": "layerwise rate",
+    "optimizer.sampling": "layer sampling",
+    "model.depth": "depth strategy",
+}
+
+
 def depends_on_steps(config: Config) -> list[str]:
-    """The parts, in words, that would have done otherwise up to here in a run of another length."""
-    optimizer = config.optimizer
-    parts = [("schedule", schedule) for _, schedule in optimizer.schedules()]
-    parts += [("layerwise rate", optimizer.layerwise), ("layer sampling", optimizer.sampling)]
-    parts += [("depth strategy", config.model.depth)]
-    found = [f"{part.name} {what}" for what, part in parts if getattr(part, "depends_on_steps", False)]
+    """The parts, in words, that would have done otherwise up to here in a run of another length.
+
+    A part of a kind that is told the length of the run counts unless its options say that it does not read it: the base of
+    the kind (`strata.base`) says that it does. Other kinds cannot see the length.
+    """
+    parts = [part for _, part in (*config.optimizer.parts(), *components(config.model))]
+    dependent = [part for part in parts if getattr(part, "depends_on_steps", False)]
+    found = [f"{part.name} {_words.get(part.kind, part.kind.rpartition('.')[2])}" for part in dependent]
     return list(dict.fromkeys(found))
 
 

@@ -63,7 +63,6 @@ def resolve_config(tree: Mapping[str, Any] | Config) -> Config:
 
 
 def _resolve(tree: dict[str, Any], changes: Sequence[tuple[str, str]], source: str) -> tuple[Config, list[str], list[str]]:
-    importlib.import_module("trainer.data.options")  # registers the data sources; models and optim come with Config
     tree = copy.deepcopy(tree)
     problems = _import_plugins(tree, changes)
     notes, misplaced = overrides.apply(tree, changes, Config)
