@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from strata import ConfigError
+
 Polynomial = tuple[float, float, float]
 
 WHOLE_OVER = ("data",)
@@ -113,7 +115,7 @@ def newton_schulz(
         x = u diag(s) v^T  ->  u diag(f(s / |s|)) v^T
 
     Args:
-      x: float [..., m, n]; any number of leading axes, m and n in any order. A zero matrix stays zero.
+      x: float [..., m, n]; any number of leading axes, m and n in any order. A zero matrix stays zero, an empty one empty.
       coefficients: as in `polynomials`.
       steps: as in `polynomials`.
       dtype: of the products inside; the norm is always float32. None: float32 on CPU, bfloat16 elsewhere.
@@ -124,6 +126,7 @@ def newton_schulz(
       An array like `x`, shape and dtype.
 
     Raises:
+      ConfigError: `x` is no array of floating numbers.
       ValueError: fewer than two axes, or as `polynomials`.
 
     On CPU the leading axes run one matrix at a time, elsewhere as one batch: XLA:CPU runs batched products slower than plain
@@ -134,10 +137,15 @@ def newton_schulz(
     of one.
     """
     chosen = polynomials(coefficients, steps)
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        found = getattr(x, "dtype", type(x).__name__)
+        raise ConfigError(f"newton_schulz takes an array of floating numbers, not {found}")
     if x.ndim < 2:
         raise ValueError(f"newton_schulz takes matrices [..., m, n], not shape {x.shape}")
     if form not in (None, "plain", "gram"):
         raise ValueError(f"form is 'plain', 'gram' or None, not {form!r}")
+    if not x.size:
+        return jnp.asarray(x)
     cpu = jax.default_backend() == "cpu"
     if dtype is None:
         dtype = jnp.float32 if cpu else jnp.bfloat16
@@ -146,14 +154,14 @@ def newton_schulz(
         tall = y.shape[-2] > y.shape[-1]
         y = y.mT if tall else y
         gram = form == "gram" if form else gram_is_cheaper(y.shape[-2], y.shape[-1], len(chosen))
-        y32 = y.astype(jnp.float32)
+        y32 = _of_size_one(y.astype(jnp.float32))
         square = jnp.sum(y32 * y32, axis=(-2, -1), keepdims=True)
         unit = (y32 * jnp.where(square > 0, jax.lax.rsqrt(square), 0)).astype(dtype)
         z = (_gram if gram else _plain)(unit, chosen).astype(x.dtype)
         return z.mT if tall else z
 
     def each(matrices: jax.Array) -> jax.Array:
-        if not cpu or len(matrices) == 0:
+        if not cpu:
             return orthogonalize(matrices)
         if len(matrices) == 1:
             return orthogonalize(matrices[0])[None]
@@ -174,6 +182,18 @@ def newton_schulz(
         for i in range(len(axes) - 1, 0, -1):
             done = _over(done, axes[:i])
         return done[:count].reshape(x.shape)
+
+
+def _of_size_one(x: jax.Array) -> jax.Array:
+    """Matrices whose squares float32 might not hold, each times the power of two that brings its largest entry near 1.
+
+    Entries in the ordinary range are multiplied by 1, so that no bit of them changes.
+    """
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    # A float whose mantissa is cleared is a power of two; at either end its inverse would not be a normal number.
+    power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32)
+    ordinary = (largest > 2.0**-40) & (largest < 2.0**40)
+    return x * jnp.where(ordinary, 1.0, 1.0 / jnp.clip(power, 2.0**-126, 2.0**126))
 
 
 def _over(matrices: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -221,10 +241,10 @@ def newton_schulz_leaves(
     done: dict[int, jax.Array] = {}
     for members in groups.values():
         wide = [leaves[i].mT if leaves[i].shape[-2] > leaves[i].shape[-1] else leaves[i] for i in members]
-        batch = jnp.concatenate([w.reshape(-1, *w.shape[-2:]) for w in wide])
+        batch = jnp.concatenate([w.reshape(math.prod(w.shape[:-2]), *w.shape[-2:]) for w in wide])
         batch, start = newton_schulz(batch, coefficients, steps, dtype=dtype), 0
         for i, w in zip(members, wide, strict=True):
-            count = w.size // (w.shape[-2] * w.shape[-1])
+            count = math.prod(w.shape[:-2])
             part = batch[start : start + count].reshape(w.shape)
             done[i], start = part if w.shape == leaves[i].shape and leaves[i] is w else part.mT, start + count
     return [done[i] for i in range(len(leaves))]

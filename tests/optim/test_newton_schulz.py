@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import optim
-from optim.directions.newton_schulz import SCHEMES, flops, gram_is_cheaper, newton_schulz_leaves, polynomials, scalar_map
+from optim.directions.newton_schulz import (
+    SCHEMES,
+    _of_size_one,
+    flops,
+    gram_is_cheaper,
+    newton_schulz_leaves,
+    polynomials,
+    scalar_map,
+)
+from strata import ConfigError
 
 shapes = [(16, 16), (12, 20), (20, 12), (8, 40), (40, 8), (1, 7), (3, 12, 30), (2, 2, 10, 6)]
 
@@ -93,15 +102,46 @@ def test_rotations_commute():
     np.testing.assert_allclose(optim.newton_schulz(p @ x @ r), p @ optim.newton_schulz(x) @ r, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6])
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e-19, 1e-12, 1e-3, 1e6, 1e19, 1e37])
 def test_the_scale_of_the_input_does_not_matter(scale):
     x = gaussian(10, 24)
     np.testing.assert_allclose(optim.newton_schulz(scale * x), optim.newton_schulz(x), atol=2e-6)
 
 
+@pytest.mark.parametrize(("dtype", "scales"), [("bfloat16", (1e-25, 1.0, 1e25)), ("float16", (2.0**-10, 1.0, 2.0**13))])
+def test_each_matrix_of_a_batch_has_a_scale_of_its_own_in_16_bits_too(dtype, scales):
+    x = gaussian(10, 24).astype(dtype)
+    batch = jnp.stack([x * jnp.asarray(scale, dtype) for scale in (*scales, 0.0)])
+    found = np.asarray(jax.jit(optim.newton_schulz)(batch), np.float32)
+    for one in found[:3]:
+        np.testing.assert_allclose(one, np.asarray(optim.newton_schulz(x), np.float32), atol=0.01)
+    assert not np.any(found[3])
+
+
+def test_the_largest_numbers_are_mapped_and_nan_is_not_hidden():
+    found = optim.newton_schulz(jnp.full((4, 4), 3e38))
+    np.testing.assert_allclose(found, optim.newton_schulz(jnp.ones((4, 4))), atol=2e-6)
+    for wrong in (jnp.nan, jnp.inf):
+        assert np.isnan(optim.newton_schulz(gaussian(4, 4).at[1, 2].set(wrong))).any()
+
+
+def test_ordinary_matrices_are_multiplied_by_one_and_others_by_a_power_of_two():
+    x = gaussian(5, 4, 6)
+    for scale in (1e-9, 1.0, 1e9):
+        assert np.array_equal(_of_size_one(scale * x), scale * x)
+    for scale in (2.0**-90, 2.0**90):
+        ratio = np.asarray(_of_size_one(scale * x), np.float64) / np.asarray(scale * x, np.float64)
+        assert np.array_equal(np.frexp(ratio)[0], np.full(x.shape, 0.5)) and np.abs(_of_size_one(scale * x)).max() <= 2
+
+
 def test_zero_stays_zero():
     assert not np.any(optim.newton_schulz(jnp.zeros((2, 4, 6))))
-    assert optim.newton_schulz(jnp.zeros((0, 4, 6))).shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 6), (3, 0), (0, 3), (0, 0), (2, 3, 0)])
+def test_an_empty_array_stays_empty(shape):
+    assert optim.newton_schulz(jnp.zeros(shape)).shape == shape
+    assert [x.shape for x in newton_schulz_leaves([jnp.zeros(shape)], group=True)] == [shape]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +215,14 @@ def test_impossible_coefficients_are_refused(coefficients, steps, sentence):
 def test_a_vector_is_refused():
     with pytest.raises(ValueError, match="matrices"):
         optim.newton_schulz(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("x", "found"), [(jnp.ones((3, 3), int), "int32"), (jnp.ones((3, 3), complex), "complex64"), ([[1.0]], "list")]
+)
+def test_what_is_no_array_of_floating_numbers_is_refused(x, found):
+    with pytest.raises(ConfigError, match=f"array of floating numbers, not {found}"):
+        optim.newton_schulz(x)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
