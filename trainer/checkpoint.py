@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from strata import StrataError
+from strata import ConfigError, StrataError
 from trainer import manifest, orbax_errors, processes, retention, state_arrays
 from trainer.atomic_files import sync_directory, write_bytes_atomic
 
@@ -312,8 +312,9 @@ class Checkpointer:
           State, host data and step; None when there is no checkpoint at all (empty directories are passed over).
 
         Raises:
-          StrataError: the named step is missing or damaged; or there are checkpoints and not one is good; or shapes,
-            dtypes or structure differ from `abstract`, with the paths that differ.
+          ConfigError: there is no such step.
+          StrataError: the named step is damaged; or there are checkpoints and not one is good; or shapes, dtypes or
+            structure differ from `abstract`, with the paths that differ.
         """
         self.wait()
         chosen = processes.from_first(self._choose, step)
@@ -341,9 +342,8 @@ class Checkpointer:
             found = self._check(step, again=True)
             if isinstance(found, str):
                 others = ", ".join(map(str, self.steps())) or "none"
-                raise StrataError(
-                    f"checkpoint {self.directory / str(step)} cannot be used: {found}. Good steps here: {others}."
-                )
+                kind = StrataError if (self.directory / str(step)).is_dir() else ConfigError  # damaged, or asked for in vain
+                raise kind(f"checkpoint {self.directory / str(step)} cannot be used: {found}. Good steps here: {others}.")
             return step
         passed = []
         for candidate in reversed(self._on_disk()):

@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     from strata import ConfigError
     from trainer import config as configuration
+    from trainer.run_directory import RunDirectory
 
     before, after = (Path(run) for run in arguments.runs)
     for directory in (before, after):
@@ -26,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"config: {len(found)} fields differ ({configuration.run_id(one)} and {configuration.run_id(two)})")
     for difference in found:
         print(f"  {difference}  [{difference.key}]")
-    _print_differences("environment", _flat(_read(before / "environment.json")), _flat(_read(after / "environment.json")))
+    environments = (RunDirectory(directory).read_json("environment.json") for directory in (before, after))
+    _print_differences("environment", *(_flat(environment or {}) for environment in environments))
     _print_differences("result", _last_rows(before), _last_rows(after))
     return 0
 
@@ -41,10 +43,6 @@ def _print_differences(title: str, one: dict[str, Any], two: dict[str, Any]) -> 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -45,6 +45,8 @@ class InitFrom:
         """There must be something to convert, or to go on from."""
         if self.branches and self.run is None:
             yield "take", "there is no run to branch off: give init_from.run"
+        if self.step is not None and self.run is None:
+            yield "step", "there is no run to take it from: give init_from.run"
         if self.convert is not None and self.run is None:
             yield "convert", "there is no run to convert: give init_from.run"
         if self.branches and self.convert is not None:
@@ -64,6 +66,11 @@ class Teacher:
         among=("forward", "reverse", "jensen_shannon", "total_variation"),
     )
     temperature: float = option(1.0, "divides the logits of both; the term is multiplied by its square", above=0)
+
+    def problems(self) -> Problems:
+        """A step is one of a run."""
+        if self.step is not None and self.run is None:
+            yield "step", "there is no run to take it from: give train.teacher.run"
 
 
 @options

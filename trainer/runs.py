@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from models.options import Model
@@ -59,8 +60,8 @@ def load(run_dir: str | Path, step: int | str | None = None) -> Run:
         the newest one that is whole.
 
     Raises:
-      ConfigError: the directory is no run, its config does not fit this version, or no checkpoint has that name.
-      StrataError: there is no such checkpoint, or it is damaged.
+      ConfigError: the directory is no run, its config does not fit this version, or it has no such checkpoint.
+      StrataError: the checkpoint is damaged, or the run has none yet.
     """
     directory = Path(run_dir)
     require_run(directory)
@@ -82,19 +83,24 @@ def _on_these_devices(config: Config) -> tuple[Config, tuple[str, ...]]:
 
 
 def _numbered(directory: Path, config: Config, step: int | str | None) -> int | None:
-    """The step that a word stands for; None: the newest."""
-    if not isinstance(step, str) or step == "latest":
-        return None if step == "latest" else step
+    """The step of a checkpoint that is there, or damaged; None: the newest. Raises `ConfigError` where there is no such one."""
+    if step is None or step == "latest":
+        return None
+    checkpointer = Checkpointer(directory / "checkpoints")
     if step == "best":
-        best = Checkpointer(directory / "checkpoints").best()
+        best = checkpointer.best()
         if best is None:
-            raise StrataError(f"no checkpoint of {directory} has a validation loss, so none is the best")
+            raise ConfigError(f"no checkpoint of {directory} has a validation loss, so none is the best")
         return best
     named = {name: number for number, name in config.milestones.items()}
-    if step not in named:
-        names = ", ".join(["best", "latest", *named])
-        raise ConfigError(f"{directory} has no checkpoint named {step!r}: expected a step or one of {names}")
-    return named[step]
+    number = named.get(step) if isinstance(step, str) else step
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    if whole and (checkpointer.directory / str(number)).is_dir():
+        return int(number)
+    good = checkpointer.steps()
+    names = ", ".join(["best", "latest", *(f"{name} (step {at})" for name, at in named.items() if at in good)])
+    what = f"no checkpoint {'named ' if isinstance(step, str) else ''}{step!r}"
+    raise ConfigError(f"{directory} has {what}. Good steps here: {', '.join(map(str, good)) or 'none'}; names: {names}.")
 
 
 def restore_params(directory: Path, setup: Setup, step: int | None) -> tuple[Any, dict[str, Any], int]:

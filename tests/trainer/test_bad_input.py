@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 import trainer
 from strata import ConfigError, DataError, StrataError
-from trainer import loop
+from trainer import diff, loop
 from trainer.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,6 +250,16 @@ def test_without_one_good_checkpoint_nothing_is_started_afresh(tiny, tmp_path, b
     before = (tmp_path / "cut" / "metrics.jsonl").read_bytes()
     assert "No good checkpoint is left" in refused(StrataError, tiny(), tmp_path / "cut")
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_a_damaged_environment_json_is_named_by_the_comparison_of_two_runs(whole, tmp_path, content):
+    shutil.copytree(whole, tmp_path / "other")
+    assert diff.main([str(whole), str(tmp_path / "other")]) == 0
+    (tmp_path / "other" / "environment.json").write_bytes(content)
+    with pytest.raises(StrataError, match=r"other/environment\.json is damaged") as caught:
+        diff.main([str(whole), str(tmp_path / "other")])
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"model": {"width": "wide"}}', b""])

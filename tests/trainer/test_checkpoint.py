@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from strata import StrataError
+from strata import ConfigError, StrataError
 from trainer.checkpoint import Checkpointer
 
 
@@ -123,7 +123,7 @@ def test_a_named_step_restores_that_step(checkpointer):
 
 def test_a_named_step_that_is_not_there_is_an_error_that_lists_the_good_ones(checkpointer):
     checkpointer.save(3, make_state(), {}, blocking=True)
-    with pytest.raises(StrataError, match="no such checkpoint.*Good steps here: 3"):
+    with pytest.raises(ConfigError, match="no such checkpoint.*Good steps here: 3"):
         checkpointer.restore(abstract(make_state()), 4)
 
 

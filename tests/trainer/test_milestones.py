@@ -70,7 +70,8 @@ def test_named_checkpoints_stay_and_are_found_by_name(whole, capsys):
         assert evaluate.main(["--run", str(whole), "--step", word]) == 0
         found[word] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["budget4"] == found["4"] and [found[w]["step"] for w in ("budget4", "budget8", "latest")] == [4, 8, 12]
-    with pytest.raises(ConfigError, match=r"named 'budget5': expected a step or one of best, latest, stable4, budget4, .*12$"):
+    names = r"Good steps here: .*12; names: best, latest, .*budget4 \(step 4\), .*\(step 12\)\.$"
+    with pytest.raises(ConfigError, match=rf"named 'budget5'\. {names}"):
         evaluate.main(["--run", str(whole), "--step", "budget5"])
 
 

@@ -267,8 +267,12 @@ def test_load_gives_any_step(tiny, tmp_path):
     trainer.train(tiny(checkpoint__keep_latest=3), tmp_path / "run")
     assert trainer.load(tmp_path / "run").step == 8 and trainer.load(tmp_path / "run", 3).step == 3
     assert not same(trainer.load(tmp_path / "run", 3).params, final(tmp_path / "run"))
-    with pytest.raises(StrataError, match="Good steps here"):
-        trainer.load(tmp_path / "run", 4)
+    assert trainer.load(tmp_path / "run", np.int64(3)).step == 3
+    for step in (4, "4", "3", 3.0, -1, True, "newest"):
+        with pytest.raises(
+            ConfigError, match=rf"no checkpoint (named )?{step!r}\. Good steps here: 3, 6, 8; names: best, latest\."
+        ):
+            trainer.load(tmp_path / "run", step)
 
 
 def test_no_transfer_in_the_loop_is_implicit(tiny, tmp_path):
