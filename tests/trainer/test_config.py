@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +174,17 @@ def test_choosing_another_component_says_what_no_longer_applies(write):
     assert "no longer applies: b2=0.99" in note and "kept from the config: learning_rate=0.001" in note
 
 
+def test_what_the_same_command_line_replaces_is_not_called_kept(write):
+    changes = [("optimizer.direction.name", "muon"), ("optimizer.direction.learning_rate", "0.01")]
+    loaded = load(write(BASE), changes)
+    assert loaded.config.optimizer.direction.learning_rate == 0.01
+    assert "no longer applies: b2=0.99" in " ".join(loaded.notes) and "kept" not in " ".join(loaded.notes)
+    muon = BASE.replace('name="adamw", learning_rate=1e-3, b2=0.99', 'name="muon", rest=dict(name="adamw", b1=0.8, b2=0.99)')
+    changes = [("optimizer.direction.name", "normuon"), ("optimizer.direction.rest.b2", "0.9")]
+    (note,) = load(write(muon), changes).notes
+    assert note.endswith("kept from the config: rest={'b1': 0.8, 'name': 'adamw'}")
+
+
 def test_choosing_another_component_revalidates_its_fields(write):
     text = fails(write(BASE), ("optimizer.direction.name", "muon"), ("optimizer.direction.b2", "0.9"))
     assert "optimizer.direction.b2" in text and "it is a field of adamw" in text
@@ -220,6 +232,27 @@ def test_missing_files_suggest_neighbours(write, tmp_path):
     write(BASE, "tiny.py")
     assert "did you mean" in fails(str(tmp_path / "tinny.py"))
     assert "does not exist" in fails(str(tmp_path / "elsewhere" / "q.py"))
+
+
+def test_a_directory_is_no_config_but_that_of_a_run_has_one(write, tmp_path):
+    assert fails(str(tmp_path)) == f"config file {tmp_path} is a directory; give a .py file with get_config in it"
+    own = write(canonical_json(load(write(BASE)).config), "config.json")
+    assert fails(str(tmp_path)).endswith(f"is a directory; the config of the run there is {own}")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "a config is a dict or ConfigDict with the fields of a run, not NoneType"),
+        ([1], "a config is a dict or ConfigDict with the fields of a run, not list"),
+        (3, "not int"),
+        ("configs/tiny.py", r"of a file it is trainer\.config\.load\('configs/tiny\.py'\)\.config"),
+        (Path("configs/tiny.py"), r"trainer\.config\.load\('configs/tiny\.py'\)\.config"),
+    ],
+)
+def test_what_is_no_config_is_refused_in_python(given, words):
+    with pytest.raises(ConfigError, match=words):
+        configuration.resolve_config(given)
 
 
 def test_print_config_is_runnable_and_a_fixed_point(write, root):
@@ -273,6 +306,8 @@ def test_derived_sizes_follow_the_width(write):
         ([("train.accumulation", "3")], "3 micro-batches do not divide data.batch_size 16"),
         ([("mesh.data", "0")], "at least one device"),
         ([("log.profile", "3")], "expected two steps"),
+        ([("init_from.step", "4")], "there is no run to take it from: give init_from.run"),
+        ([("train.teacher.step", "4")], "there is no run to take it from: give train.teacher.run"),
         ([("optimizer.sampling.name", "drop_muon"), ("model.tie_embeddings", "true")], "needs a head of its own"),
         ([("model.mixer.name", "hybrid")], "a hybrid lists at least one mixer"),
         ([("model.mixer.name", "hybrid"), ("model.mixer.pattern", "[]")], "a hybrid lists at least one mixer"),

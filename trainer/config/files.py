@@ -32,6 +32,10 @@ def read(text: str) -> tuple[dict[str, Any], Path]:
       ConfigError: the file is missing, raises, has no `get_config`, or returns no config.
     """
     path, argument = split_argument(text)
+    if path.is_dir():
+        own = path / "config.json"
+        instead = f"the config of the run there is {own}" if own.is_file() else "give a .py file with get_config in it"
+        raise ConfigError(f"config file {path} is a directory; {instead}")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""

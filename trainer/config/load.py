@@ -56,10 +56,15 @@ def resolve_config(tree: Mapping[str, Any] | Config) -> Config:
     """Check a config given as a `ConfigDict` or dict. Raises `ConfigError` with every mistake."""
     if isinstance(tree, Config):
         return tree
+    if isinstance(tree, (str, Path)):
+        raise ConfigError(f"{str(tree)!r} is no config; of a file it is trainer.config.load({str(tree)!r}).config")
     try:
-        return _resolve(plain(tree), (), "")[0]
+        fields = plain(tree)
     except Mismatch as mismatch:
         raise ConfigError(f"the config holds something that is not data: {mismatch}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"a config is a dict or ConfigDict with the fields of a run, not {type(tree).__name__}")
+    return _resolve(fields, (), "")[0]
 
 
 def _resolve(tree: dict[str, Any], changes: Sequence[tuple[str, str]], source: str) -> tuple[Config, list[str], list[str]]:

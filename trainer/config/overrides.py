@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from strata import Problem, registry
@@ -23,10 +23,11 @@ def apply(tree: dict[str, Any], overrides: Sequence[tuple[str, str]], root: type
     """
     notes: list[str] = []
     problems: list[Problem] = []
+    given = {path for path, _ in overrides}
     for path, text in sorted(overrides, key=_order):
         steps = path.split(".")
         if steps[-1] == "name" and len(steps) > 1:
-            notes += _choose(tree, steps[:-1], text, root)
+            notes += _choose(tree, steps[:-1], text, root, given)
         problem = _put(tree, steps, Text(text))
         if problem:
             problems.append(problem)
@@ -65,12 +66,16 @@ def _put(tree: Any, steps: Sequence[str], value: Text) -> Problem | None:
     return None
 
 
-def _choose(tree: dict[str, Any], steps: Sequence[str], name: str, root: type) -> list[str]:
-    """Drop what the component at `steps` does not have once it is `name`; say what was dropped and what was kept."""
+def _choose(tree: dict[str, Any], steps: Sequence[str], name: str, root: type, overridden: Collection[str]) -> list[str]:
+    """Drop what the component at `steps` does not have once it is `name`; say what was dropped and what was kept.
+
+    What is `overridden`, dotted paths, is replaced later and not kept.
+    """
     found = _component_at(tree, steps, root)
     if found is None:
         return []
     kind, default, given = found
+    where = ".".join(steps)
     if not isinstance(given, dict) or name not in registry.names(kind):
         return []
     former = given.get("name", default)
@@ -78,16 +83,23 @@ def _choose(tree: dict[str, Any], steps: Sequence[str], name: str, root: type) -
         return []
     fields = {field.name for field in dataclasses.fields(registry.lookup(kind, name))}
     leftovers = {key: given[key] for key in given if key != "name" and key not in fields}
-    kept = {key: given[key] for key in given if key in fields}
+    kept = _without({key: given[key] for key in given if key in fields}, where, overridden)
     for key in leftovers:
         del given[key]
-    where = ".".join(steps)
     words = [f"{where}: {former} -> {name}"]
     if leftovers:
         words.append("no longer applies: " + ", ".join(f"{key}={value!r}" for key, value in leftovers.items()))
     if kept:
         words.append("kept from the config: " + ", ".join(f"{key}={value!r}" for key, value in kept.items()))
     return ["; ".join(words)]
+
+
+def _without(tree: Any, path: str, overridden: Collection[str]) -> Any:
+    """A subtree at `path` without the fields that are overridden."""
+    if not isinstance(tree, dict):
+        return tree
+    inside = {key: f"{path}.{key}" for key in tree if f"{path}.{key}" not in overridden}
+    return {key: _without(tree[key], where, overridden) for key, where in inside.items()}
 
 
 def _component_at(tree: Any, steps: Sequence[str], root: type) -> tuple[str, str | None, Any] | None:

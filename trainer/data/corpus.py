@@ -129,7 +129,13 @@ def is_exact(document: Document, tokens: np.ndarray, tokenizer: Tokenizer) -> bo
 
 
 def pack(
-    documents: Iterable[Document], tokenizer: Tokenizer, what: str, description: dict[str, Any], *, named: bool = False
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    what: str,
+    description: dict[str, Any],
+    *,
+    named: bool = False,
+    unsplit: str = "none of them was held out; give a larger held_out",
 ) -> Corpus:
     """Tokenize documents into memory, 2 bytes a token (4 for a vocabulary above 65,536).
 
@@ -139,6 +145,7 @@ def pack(
       what: the source in words, for messages.
       description: of the source; counts and fingerprint are added.
       named: the names of documents mean the same on any machine and belong to the fingerprint.
+      unsplit: what to say, and to do, where no text is held out.
 
     Raises:
       DataError: there is nothing to train on, or nothing held out.
@@ -154,10 +161,7 @@ def pack(
     if not tally.documents[False]:
         raise DataError(f"{what} holds no text to train on ({tally.documents[True]} documents held out, {tally.empty} empty)")
     if not tally.documents[True]:
-        raise DataError(
-            f"{what} has {tally.documents[False]} documents and none of them was held out; give validation files, "
-            "a larger held_out, or split='tail' (text_files)"
-        )
+        raise DataError(f"{what} has {tally.documents[False]} documents and {unsplit}")
     streams = {side: Stream([np.frombuffer(held, held.typecode)]) for side, held in tokens.items()}
     return Corpus(
         train=streams[False],

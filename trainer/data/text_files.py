@@ -135,8 +135,16 @@ def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator
 
 def read_corpus(options: TextFiles, tokenizer: Tokenizer) -> Corpus:
     """The corpus of the files."""
-    names = [str(path) for path in matching(options.files, "files")]
+    count, unsplit = (
+        len(matching(options.files, "files")),
+        "none of them was held out; give validation files, a larger held_out",
+    )
     if options.validation_files:
-        names += [str(path) for path in matching(options.validation_files, "validation_files")]
-    description = {"kind": "text_files", "files": len(names), "split": options.split}
-    return pack(documents(options), tokenizer, f"text_files ({', '.join(options.files)})", description)
+        validation = [str(path) for path in matching(options.validation_files, "validation_files")]
+        count += len(validation)
+        more = f" and {len(validation) - 5} more" if len(validation) > 5 else ""
+        unsplit = f"nothing is held out: no text is in the validation files ({', '.join(validation[:5])}{more})"
+    elif options.split == "documents":
+        unsplit += ", or split='tail'"
+    description = {"kind": "text_files", "files": count, "split": options.split}
+    return pack(documents(options), tokenizer, f"text_files ({', '.join(options.files)})", description, unsplit=unsplit)

@@ -197,6 +197,25 @@ def test_bad_files_are_named(build, tmp_path, name, content, message):
         build("text_files", files=[str(tmp_path / name)])
 
 
+def test_validation_files_without_text_are_named_and_only_hints_that_apply_are_given(build, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    for i in range(7):
+        (tmp_path / f"empty{i}.txt").write_bytes(b"")
+    (tmp_path / "none.jsonl").write_text("\n")
+    for files in (["empty0.txt"], ["none.jsonl"], ["empty0.txt", "none.jsonl"]):
+        names = [str(tmp_path / name) for name in files]
+        with pytest.raises(DataError) as caught:
+            build("text_files", files=[str(tmp_path / "a.txt")], validation_files=names)
+        assert f"no text is in the validation files ({', '.join(names)})" in str(caught.value)
+        assert "give" not in str(caught.value) and "split" not in str(caught.value)
+    with pytest.raises(DataError, match=r"empty4\.txt and 2 more\)"):
+        build("text_files", files=[str(tmp_path / "a.txt")], validation_files=[str(tmp_path / "empty*.txt")])
+    with pytest.raises(DataError, match="give validation files, a larger held_out, or split='tail'$"):
+        build("text_files", files=[str(tmp_path / "a.txt")])
+    with pytest.raises(DataError, match="give validation files, a larger held_out$"):
+        build("text_files", files=[str(tmp_path / "a.txt")], split="tail", held_out=0.01)
+
+
 def test_text_of_a_parquet_file_that_is_not_utf8_is_named(build, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra text)")
     import pyarrow.parquet as parquet
