@@ -103,7 +103,10 @@ def conclude(loop: Loop, state: Any, evaluation: dict[str, float]) -> None:
     if jax.process_index() != 0:
         return
     print(f"\nheld-out data: {describe(evaluation)}")
-    scored = setup.dataset.validation_bytes
+    limit, size = loop.config.evaluate.final_batches, loop.config.evaluate.batch_size or loop.config.data.batch_size
+    whole = limit is None or limit * size >= len(setup.dataset.held_out)
+    # A compressor is given all of it, which compares with nothing where the model was scored on a part.
+    scored = setup.dataset.validation_bytes if whole else None
     if setup.dataset.raw is not None and scored is not None and scored <= LONGEST_TEXT_FOR_XZ:
         raw = setup.dataset.raw_validation()
         if raw:

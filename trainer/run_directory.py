@@ -124,8 +124,11 @@ class RunDirectory:
 
         Args:
           canonical: the resolved config as JSON text, stored byte for byte.
-          overrides: JSON-able; None leaves `overrides.json` as it is.
+          overrides: JSON-able; None leaves `overrides.json` as it is, and where there is none says that the config came from
+            no file and that nothing in it was overridden.
         """
+        if overrides is None and not (self.path / "overrides.json").exists():
+            overrides = {"config": None, "name": self.path.name, "overrides": []}
         with self._writing("config.json"):
             write_bytes_atomic(self.path / "config.json", canonical.encode())
         if overrides is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import lzma
 import math
 import re
@@ -79,6 +80,15 @@ def test_xz_is_given_the_held_out_bytes_as_one_stream(text):
     raw = "".join(HELD_OUT).encode()
     bits = 8 * len(lzma.compress(raw, preset=9)) / len(raw)
     assert f"xz -9 needs {bits:.4f} bits per byte for the same {len(raw):,} bytes as one stream" in text[0].splitlines()
+
+
+def test_xz_is_left_out_where_a_part_of_the_held_out_data_was_scored(text, folder):
+    config = json.loads((folder / "text" / "config.json").read_text())
+    batches = len(trainer.load(folder / "text").setup.dataset.held_out)
+    for scored in (batches - 1, batches):
+        config["evaluate"] |= {"final_batches": scored, "batch_size": 1}
+        said, _ = train(config, folder / f"batches{scored}")
+        assert ("xz -9" in said) == (scored == batches)
 
 
 def test_a_sample_goes_on_from_the_prompt(text):

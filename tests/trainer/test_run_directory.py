@@ -102,6 +102,16 @@ def test_the_config_is_stored_byte_for_byte(tmp_path):
     assert json.loads((tmp_path / "overrides.json").read_text()) == ["--config.seed=0"]
 
 
+def test_without_overrides_the_file_says_so_and_an_earlier_one_stays(tmp_path):
+    run = RunDirectory(tmp_path / "own")
+    run.path.mkdir()
+    run.write_config("{}")
+    assert run.read_json("overrides.json") == {"config": None, "name": "own", "overrides": []}
+    run.write_config("{}", overrides={"name": "given"})
+    run.write_config("{}")
+    assert run.read_json("overrides.json") == {"name": "given"}
+
+
 def test_status_is_replaced_and_only_known_states_are_written(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_status("running", 0)
