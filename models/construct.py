@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from models import options
@@ -35,7 +36,7 @@ def build(
       mesh: parameters are born sharded over it; None puts them on the default device. The bits are the same.
 
     Raises:
-      ConfigError: the config is wrong, with every mistake listed.
+      ConfigError: the config is wrong, with every mistake listed; or another argument is.
     """
     make = _maker(model_config, vocab_size, precision, remat)
     model = _abstract(make)
@@ -82,6 +83,10 @@ def _maker(model_config: Any, vocab_size: int, precision: str, remat: str | None
     if precision not in ("float32", "bfloat16") or (remat or "none") not in ("none", "dots", "full"):
         known = "precision is 'float32' or 'bfloat16'; remat is None, 'none', 'dots' or 'full'"
         raise ConfigError(f"precision = {precision!r} or remat = {remat!r} is unknown: {known}")
+
+    whole = isinstance(vocab_size, (int, np.integer)) and not isinstance(vocab_size, bool)
+    if not whole or vocab_size < 1:
+        raise ConfigError(f"vocab_size = {vocab_size!r}: expected the whole number of token ids, at least 1")
 
     def make(key: jax.Array) -> Transformer:
         rngs = nnx.Rngs(params=key)

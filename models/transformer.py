@@ -14,6 +14,7 @@ from models.layers.linear import normal
 from models.layers.norm import make_norm
 from models.layers.parameter import parameter
 from models.loss import softcap
+from models.mixers.attention import Attention
 from models.placements.placement import enter_stream, leave_stream
 from models.stack import Forward, Kind, Stack, make_blocks, order
 from strata import ConfigError, Problem, implementation, registry, resolve, to_tree
@@ -75,7 +76,13 @@ class Transformer(nnx.Module):
         Returns:
           [B, T, width] in the compute type, and a dict that may have `losses`, a dict of float32 scalars to add to the
           objective, and `exits`, a tuple of hidden states after earlier loops, each ready for the head.
+
+        Raises:
+          ConfigError: `tokens` or `segment_ids` have another shape or type, or `depth` is one that the weights cannot run.
         """
+        _check_ids(tokens)
+        if segment_ids is not None:
+            _check_ids(segment_ids, "segment_ids", tokens.shape)
         e = self._embed(tokens) if not cut else jax.lax.stop_gradient(self._embed(tokens))
         stack = self.stack()
         shared = {kind: mixer.prepare(tokens.shape[1], segment_ids) for kind, mixer in stack.mixers.items()}
@@ -144,9 +151,20 @@ class Transformer(nnx.Module):
     def step(self, tokens: jax.Array, cache: dict[str, Any], *, depth: Any = None) -> tuple[jax.Array, dict[str, Any]]:
         """Append int32 [B, n] tokens: float32 logits [B, n, vocab] and the cache with n more positions.
 
-        The caller keeps within the cache's length: a traced index cannot be checked here.
+        The caller keeps within the cache's length: only a step that is longer than all of it is refused, since the number of
+        tokens in the cache is traced under jit and cannot be checked here.
+
+        Raises:
+          ConfigError: `tokens` have another shape or type, or they are more sequences or positions than the cache has.
         """
         stack, index = self.stack(), cache["index"]
+        _check_ids(tokens)
+        # Of attention alone: a linear mixer's state has no length.
+        keys = [cache["layers"][kind]["key"] for kind, mixer in stack.mixers.items() if isinstance(mixer, Attention)]
+        batch, new, length = len(cache["start"]), tokens.shape[1], min((key.shape[2] for key in keys), default=None)
+        if len(tokens) != batch or (length is not None and new > length):
+            room = f"{batch} sequences" + ("" if length is None else f" of at most {length} tokens")
+            raise ConfigError(f"tokens of shape {list(tokens.shape)} do not fit a cache for {room}")
         shared = {
             kind: mixer.prepare_step(tokens.shape[1], cache["layers"][kind], index, cache["start"])
             for kind, mixer in stack.mixers.items()
@@ -154,7 +172,7 @@ class Transformer(nnx.Module):
         e = self._embed(tokens)
         forward = Forward(shared, e, self._read_out)
         h, layers = self._depth(depth).step(stack, enter_stream(self.options, e), forward, cache["layers"])
-        return self._read_out(h), cache | {"layers": layers, "index": index + tokens.shape[1]}
+        return self._read_out(h), cache | {"layers": layers, "index": index + new}
 
     def _depth(self, depth: Any) -> Any:
         option = self.options.depth if depth is None else depth_options(depth, self.options)
@@ -168,6 +186,15 @@ class Transformer(nnx.Module):
 
 def _is_module(strategy: Any) -> bool:
     return isinstance(strategy, type) and issubclass(strategy, nnx.Module)
+
+
+def _check_ids(ids: jax.Array, what: str = "tokens", shape: tuple[int, ...] | None = None) -> None:
+    """Whether ids are whole numbers [B, T], and of this shape where one is given. Raises `ConfigError`."""
+    if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ConfigError(f"{what} are an array of whole numbers, not of {getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.ndim != 2 or not ids.size or ids.shape != (shape or ids.shape):
+        expected = f"the shape {list(shape)} of the tokens" if shape else "the shape [B, T], each at least 1"
+        raise ConfigError(f"{what} have {expected}, not {list(ids.shape)}")
 
 
 def depth_options(depth: Any, model: options.Model, where: str = "depth") -> Any:

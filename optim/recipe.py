@@ -19,6 +19,7 @@ from optim.roles import Parameter, by_path, like, parameters
 from optim.rules import Group, Rule, assign, resolved, rules_of
 from optim.sampling import Cuts, frozen_rows, layer_cuts
 from optim.schedules import Multiplier, RateTable, multiplier_of
+from strata import ConfigError
 
 
 class RecipeState(NamedTuple):
@@ -58,12 +59,19 @@ def spectra(state: RecipeState) -> MeasuredState | None:
 
 def _schedules(optimizer: Optimizer, rules: tuple[Rule, ...], steps: int | None) -> dict[str, Multiplier]:
     """The schedule of each group; the common one is checked even if every group has its own."""
+    _check_steps(steps)
     places = {id(schedule): f"optimizer.{path}" for path, schedule in optimizer.schedules()}
     common = multiplier_of(optimizer.schedule, steps)
     return {
         rule.name: common if rule.schedule is None else multiplier_of(rule.schedule, steps, places[id(rule.schedule)])
         for rule in rules
     }
+
+
+def _check_steps(steps: int | None) -> None:
+    whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
+    if steps is not None and not (whole and steps >= 1):
+        raise ConfigError(f"steps = {steps!r}: expected the whole number of updates in the run, at least 1, or None")
 
 
 def cuts(
@@ -77,6 +85,7 @@ def cuts(
     Raises:
       ConfigError: as in `build`.
     """
+    _check_steps(steps)
     return layer_cuts(resolved(optimizer_config), parameters(model), steps)
 
 
@@ -122,8 +131,8 @@ def build(
       Peak rates and schedule are not in the program when `rates` is given: changing them compiles nothing.
 
     Raises:
-      ConfigError: the config is wrong, a parameter is not covered by exactly one rule, the first rule covers nothing,
-        or a part needs `steps` or does not fit in it.
+      ConfigError: the config or `steps` is wrong, a parameter is not covered by exactly one rule, the first rule covers
+        nothing, or a part needs `steps` or does not fit in it.
       ValueError: at `init` or `update`, a tree of other paths than the model's; no `params` though weights decay; rates
         of other groups; a cut without layer sampling; no difference of gradients though it is needed.
     """

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 from flax import nnx
 
@@ -80,6 +81,20 @@ def resolved(config: Optimizer | Mapping[str, Any] | Any) -> Optimizer:
     if found.problems:
         raise ConfigError(found.problems, source="the optimizer's config")
     return value
+
+
+def check_numbers(kind: type, **given: Any) -> None:
+    """Arguments of a direction that is used by itself, within the bounds of the same fields of its options.
+
+    Schedules and arrays, which may be traced, are left alone.
+
+    Raises:
+      ConfigError: with every number that is out of bounds.
+    """
+    numbers = {name: value for name, value in given.items() if isinstance(value, (int, float, np.number))}
+    _, found = strata.resolve(kind, numbers)
+    if found.problems:
+        raise ConfigError(found.problems, source=f"the arguments of {kind.__name__}")
 
 
 def rules_of(optimizer: Optimizer) -> tuple[Rule, ...]:

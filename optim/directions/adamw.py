@@ -6,7 +6,7 @@ import optax
 
 from optim import options
 from optim.options import ROLES
-from optim.rules import Rule
+from optim.rules import Rule, check_numbers
 
 
 def adamw(
@@ -22,6 +22,7 @@ def adamw(
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     w <- w - rate (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon) + weight_decay w)
     """
+    check_numbers(options.AdamW, learning_rate=learning_rate, b1=b1, b2=b2, epsilon=epsilon, weight_decay=weight_decay)
     return optax.adamw(learning_rate, b1, b2, epsilon, weight_decay=weight_decay)
 
 

@@ -23,7 +23,7 @@ from optim import options
 from optim.directions.blocks import split_last
 from optim.directions.newton_schulz import newton_schulz
 from optim.options import ROLES
-from optim.rules import Rule
+from optim.rules import Rule, check_numbers
 from optim.svd import singular_values
 
 TABLES = ("embedding", "head", "table")
@@ -118,10 +118,12 @@ def lmo(
       weight_decay: decoupled, times the rate.
 
     Raises:
+      ConfigError: a number out of the bounds of `optim.options.LMO`.
       ValueError: another norm.
     """
     if norm not in ("spectral", "largest", "rms"):
         raise ValueError(f"norm is 'spectral', 'largest' or 'rms', not {norm!r}")
+    check_numbers(options.LMO, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
 
     def unit(updates: Any, params: Any = None) -> Any:
         return jax.tree.map(lambda x: direction_of(x, norm, coefficients=coefficients), updates)

@@ -16,7 +16,7 @@ from optim.directions.layer_aware import summary_of
 from optim.directions.newton_schulz import Polynomial, gram_is_cheaper, polynomials
 from optim.options import ROLES
 from optim.roles import Parameter, path_of
-from optim.rules import Rule
+from optim.rules import Rule, check_numbers
 
 
 class ScaleByMuonState(NamedTuple):
@@ -133,8 +133,10 @@ def muon(
 
     Give it hidden matrices only: embeddings, heads, gains and biases need another rule (`optim.build` sees to that, or
     `optax.partition`). Arguments and errors are those of `scale_by_muon`; `weight_decay` is decoupled and multiplies
-    the rate. Sources: Jordan 2024; Liu et al. 2025, arXiv:2502.16982, for decay and "moonlight".
+    the rate; a number out of the bounds of `optim.options.Muon` is a `ConfigError`. Sources: Jordan 2024; Liu et al. 2025,
+    arXiv:2502.16982, for decay and "moonlight".
     """
+    check_numbers(options.Muon, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
     return optax.chain(
         scale_by_muon(
             momentum, nesterov=nesterov, scaling=scaling, coefficients=coefficients, steps=steps, fan_in_axis=fan_in_axis

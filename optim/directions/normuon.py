@@ -15,7 +15,7 @@ from optim.directions.muon import layer_aware, look_ahead, matrix_rules, shape_f
 from optim.directions.newton_schulz import Polynomial, polynomials
 from optim.options import ROLES
 from optim.roles import Parameter
-from optim.rules import Rule
+from optim.rules import Rule, check_numbers
 
 
 class ScaleByNorMuonState(NamedTuple):
@@ -86,6 +86,8 @@ def normuon(
     learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
     """NorMuon as a plain optax transformation over any tree of [..., in, out]; arguments as of `scale_by_normuon`."""
+    bounded = {name: value for name, value in arguments.items() if name in ("momentum", "b2", "epsilon")}
+    check_numbers(options.NorMuon, learning_rate=learning_rate, weight_decay=weight_decay, **bounded)
     return optax.chain(
         scale_by_normuon(**arguments),
         optax.add_decayed_weights(weight_decay),

@@ -6,7 +6,7 @@ import optax
 
 from optim import options
 from optim.options import ROLES
-from optim.rules import Rule
+from optim.rules import Rule, check_numbers
 
 
 def sgd(
@@ -16,6 +16,7 @@ def sgd(
 
     Sources: Polyak 1964; Sutskever et al. 2013 for Nesterov's form. The decay is decoupled, unlike that of torch.optim.SGD.
     """
+    check_numbers(options.SGD, learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
     return optax.chain(
         optax.trace(momentum, nesterov) if momentum else optax.identity(),
         optax.add_decayed_weights(weight_decay),

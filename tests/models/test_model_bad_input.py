@@ -262,6 +262,57 @@ def test_a_request_is_checked_where_it_is_made():
         jax.eval_shape(functools.partial(decode, depth={"name": "recursive", "loops": 2}), state, tokens)
 
 
+def ids(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+TOKENS = {
+    "no position": (ids(2, 0), r"tokens have the shape \[B, T\], each at least 1, not \[2, 0\]"),
+    "no sequence": (ids(0, 4), r"not \[0, 4\]"),
+    "one axis": (ids(4), r"not \[4\]"),
+    "real numbers": (ids(2, 4, dtype="float32"), "tokens are an array of whole numbers, not of float32"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "message"), TOKENS.values(), ids=[name.replace(" ", "_") for name in TOKENS])
+def test_tokens_are_whole_numbers_of_sequences(tokens, message):
+    model = models.abstract(PLAIN, vocab_size=11)
+    for call in (lambda model, x: model(x), lambda model, x: model.step(x, model.init_cache(2, 4))):
+        with pytest.raises(ConfigError, match=message):
+            nnx.eval_shape(call, model, tokens)
+    with pytest.raises(ConfigError, match="tokens are an array of whole numbers, not of list"):
+        model([[1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (ids(2, 3), r"segment_ids have the shape \[2, 4\] of the tokens, not \[2, 3\]"),
+        (ids(1, 4), r"not \[1, 4\]"),
+        (ids(4), r"not \[4\]"),
+        (ids(2, 4, dtype="float32"), "segment_ids are an array of whole numbers, not of float32"),
+    ],
+)
+def test_segments_are_those_of_the_tokens(segments, message):
+    model = models.abstract(PLAIN, vocab_size=11)
+    with pytest.raises(ConfigError, match=message):
+        nnx.eval_shape(lambda model, x, s: model(x, segment_ids=s), model, ids(2, 4), segments)
+
+
+def test_a_step_fits_its_cache():
+    def decode(model, tokens):
+        return model.step(tokens, model.init_cache(2, 4))[0]
+
+    linear, mixed = SIZES | {"mixer": {"name": "gla"}}, SIZES | {"mixer": hybrid("gla", "attention")}
+    for built, room in ((PLAIN, "2 sequences of at most 4 tokens"), (linear, "2 sequences"), (mixed, "of at most 4 tokens")):
+        model = models.abstract(built, vocab_size=11)
+        assert nnx.eval_shape(decode, model, ids(2, 4)).shape == (2, 4, 11)
+        for tokens in (ids(3, 1), ids(1, 1), *([ids(2, 5)] if "tokens" in room else [])):
+            with pytest.raises(ConfigError, match=f"do not fit a cache for .*{room}"):
+                nnx.eval_shape(decode, model, tokens)
+    assert nnx.eval_shape(decode, models.abstract(linear, vocab_size=11), ids(2, 9)).shape == (2, 9, 11)
+
+
 @pytest.mark.parametrize(
     ("built", "asked"),
     [

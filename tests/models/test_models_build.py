@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 
 import models
@@ -23,6 +25,14 @@ def test_a_dict_a_config_dict_and_options_give_the_same_model():
     made = [models.abstract(given, vocab_size=11) for given in (tree, ml_collections.ConfigDict(tree), option)]
     assert made[0].options == made[1].options == made[2].options == option
     assert shapes(tree) == shapes(ml_collections.ConfigDict(tree)) == shapes(option)
+
+
+@pytest.mark.parametrize("size", [0, -1, 11.0, True, "11", None])
+def test_a_vocabulary_has_a_whole_number_of_tokens(size):
+    for make in (models.abstract, functools.partial(models.build, seed=0)):
+        with pytest.raises(ConfigError, match=f"vocab_size = {size!r}: expected the whole number of token ids, at least 1"):
+            make({"width": 16, "layers": 1, "heads": 2}, vocab_size=size)
+    assert models.abstract({"width": 16, "layers": 1, "heads": 2}, vocab_size=np.int64(1)).vocab_size == 1
 
 
 def test_every_mistake_of_a_wrong_dict_is_listed():

@@ -10,6 +10,7 @@ import pytest
 
 import optim
 from optim.directions.muon import scale_by_muon, shape_factor
+from strata import ConfigError
 
 
 def reference(weight, gradients, *, rate, momentum, nesterov, decay, factor):
@@ -112,6 +113,31 @@ def test_a_leaf_that_is_no_matrix_is_refused_by_name():
 def test_wrong_arguments_are_refused_before_the_first_step(wrong):
     with pytest.raises(ValueError):
         optim.muon(0.1, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("alias", "given", "wrong"),
+    [
+        (optim.muon, {"learning_rate": float("nan")}, "learning_rate = nan"),
+        (optim.muon, {"learning_rate": -0.1, "momentum": 1.5}, r"2 problems(.|\n)*learning_rate = -0\.1(.|\n)*momentum = 1\.5"),
+        (optim.muon, {"learning_rate": 0.1, "weight_decay": -1}, "weight_decay = -1"),
+        (optim.normuon, {"learning_rate": 0.1, "b2": 1.0}, "b2 = 1"),
+        (optim.adamw, {"learning_rate": np.float32("inf")}, "learning_rate = "),
+        (optim.adamw, {"learning_rate": 0.1, "epsilon": 0.0}, "epsilon = 0"),
+        (optim.sgd, {"learning_rate": 0.1, "momentum": -0.1}, "momentum = -0.1"),
+        (optim.lmo, {"learning_rate": 0.1, "momentum": 1}, "momentum = 1"),
+    ],
+)
+def test_an_alias_refuses_the_numbers_that_a_config_refuses(alias, given, wrong):
+    with pytest.raises(ConfigError, match=wrong):
+        alias(**given)
+
+
+def test_a_rate_may_be_traced():
+    weight = jnp.ones((3, 4))
+    tx = optax.inject_hyperparams(optim.muon, static_args=("steps", "fan_in_axis"))(learning_rate=0.1)
+    moved, _ = jax.jit(tx.update)(weight, tx.init(weight), weight)
+    np.testing.assert_allclose(moved, after(optim.muon(0.1), weight, [weight]) - weight, atol=1e-6)
 
 
 def test_adamw_is_the_one_of_optax():

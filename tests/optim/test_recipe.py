@@ -96,6 +96,14 @@ def test_matrices_move_by_muon_and_the_rest_by_adamw(model, params, gradients):
     assert set(state.directions["matrix"].momentum) == {f"blocks.{name}" for name in matrices}
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 1e3, True, "6"])
+def test_a_run_has_a_whole_number_of_updates(wrong, model):
+    for call in (optim.build, optim.cuts, lambda config, model, steps: optim.rates(config, steps)):
+        with pytest.raises(ConfigError, match=f"steps = {wrong!r}: expected the whole number of updates"):
+            call({"schedule": constant}, model, steps=wrong)
+    assert optim.build(recipe("adamw"), model, steps=np.int64(steps))
+
+
 @pytest.mark.parametrize("direction", directions)
 def test_rates_given_equal_rates_inside_jit(direction, model, params, gradients):
     config = recipe(direction)
