@@ -9,7 +9,7 @@ from strata import ConfigError
 from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
-from trainer.report.results import read_results, seconds_at
+from trainer.report.results import of_plan, read_results, seconds_at
 from trainer.report.tables import machines, verdict_facts
 from trainer.report.verdicts import NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale
@@ -325,6 +325,19 @@ def test_two_hundred_reports_of_a_planted_null_reproduce_no_more_than_the_error_
         )
         wrong += any(verdict.word == REPRODUCED for verdict in analyse(results).verdicts)
     assert wrong <= scipy.stats.binom.ppf(1 - 1e-4, 200, 0.05)
+
+
+def test_runs_of_a_version_without_an_option_are_no_others_than_planned(planted):
+    plan = planted.write_all(planted.better)
+    for run, value in zip(plan.runs[:3], (None, 0.0, 0.5), strict=True):
+        file = planted.place.directory(run) / "config.json"
+        config = json.loads(file.read_text())
+        del config["model"]["head_std"]
+        config["model"] |= {} if value is None else {"head_std": value}
+        file.write_text(json.dumps(config))
+    notes = of_plan(plan, planted.place).notes
+    assert "1 runs were made with another model.head_std than planned" in notes
+    assert sum("made with another" in note for note in notes) == 1
 
 
 def test_a_report_is_compared_with_another_one(planted, capsys):

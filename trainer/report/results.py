@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strata import ConfigError
+from strata import ConfigError, to_tree
+from trainer import config as configuration
 from trainer.report.promises import changed_rules
 from trainer.report.records import Record, make_record, read_json
 from trainer.sweep import outcome as outcomes
@@ -300,9 +301,19 @@ def _differences(configs: Iterable[tuple[Any, Any]]) -> list[str]:
     """Of pairs of configs, as planned and as run: in which keys that matter they differ, and how many."""
     notes: Counter[str] = Counter()
     for planned, there in configs:
-        keys = _flat_difference(planned, there) if planned != there else ()
+        keys = _flat_difference(planned, _of_today(there)) if planned != there else ()
         notes.update(key for key in keys if not key.startswith(("log.", "checkpoint.", "diagnostics.", "plugins")))
     return [f"{count} runs were made with another {key} than planned" for key, count in sorted(notes.items())]
+
+
+def _of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the options that were added since at their defaults, which is how it was run."""
+    if "measurement" in config:
+        return config
+    try:
+        return to_tree(configuration.resolve_config(config))
+    except ConfigError:  # it has options that are gone
+        return config
 
 
 def _flat_difference(one: Any, two: Any, path: str = "") -> set[str]:
