@@ -213,6 +213,20 @@ def test_a_component_is_called_by_its_name_in_a_u_curve(planted, make_experiment
     assert "mixer=gla (convolution=4): 2 at 0.1" in drawings["u-curve-learning_rate"]
 
 
+def test_tunings_of_another_task_are_drawn_apart(planted, make_experiment):
+    tune = Tuning(space=axis(RATE, [0.1, 0.2, 0.4]), seeds=[100])
+    arms = [Arm(name, tune=tune) for name in ("a", "on text: a", "on text: b")]
+    claim = Claim(statement="s", source="x", arm="on text: b", against="on text: a", rule=Rule())
+    found = make_experiment(arms=arms, claims=[claim])
+    for _ in range(2):  # runs that compare are known once the tuning has ended
+        for run in planted.plan(found).runs:
+            planted.write(run, [4.0, 3.0, 2.0])
+    drawings = {drawing.name: drawing.alt for drawing in draw(planted.report(planted.plan(found)))}
+    assert "a (tuning): 2 at 0.1" in drawings["u-curve-learning_rate"]
+    assert "text" not in drawings["u-curve-learning_rate"]
+    assert all(f"on text: {name} (tuning): 2 at 0.1" in drawings["u-curve-learning_rate-on-text"] for name in "ab")
+
+
 def test_arms_of_another_task_are_drawn_apart(planted, make_experiment):
     arms = [Arm("a"), Arm("b", {RATE: 0.2}), Arm("on text: a", {RATE: 0.3}), Arm("on text: b", {RATE: 0.4})]
     found = make_experiment(arms=arms, claims=[Claim(statement="s", source="x", arm="b", against="a", rule=Rule())])

@@ -329,11 +329,11 @@ def test_two_hundred_reports_of_a_planted_null_reproduce_no_more_than_the_error_
 
 def test_runs_of_a_version_without_an_option_are_no_others_than_planned(planted):
     plan = planted.write_all(planted.better)
-    for run, value in zip(plan.runs[:3], (None, 0.0, 0.5), strict=True):
+    for run, given in zip(plan.runs[:3], (None, 0.0, 0.5), strict=True):
         file = planted.place.directory(run) / "config.json"
         config = json.loads(file.read_text())
         del config["model"]["head_std"]
-        config["model"] |= {} if value is None else {"head_std": value}
+        config["model"] |= {} if given is None else {"head_std": given}
         file.write_text(json.dumps(config))
     notes = of_plan(plan, planted.place).notes
     assert "1 runs were made with another model.head_std than planned" in notes

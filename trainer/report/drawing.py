@@ -65,3 +65,19 @@ def add_legend(figure: Any, axis: Any) -> None:
         rows = -(-len(labels) // columns)
         figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - 4))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def family_of(arm: str) -> str:
+    """What the name of an arm has before a colon, as "text" of "text: a"; empty without one."""
+    head, colon, _ = arm.partition(": ")
+    return head if colon else ""
+
+
+def titled(title: str, family: str) -> str:
+    """The title of a family's figure."""
+    return f"{family}: {title}" if family else title
+
+
+def called(name: str, family: str) -> str:
+    """The name of a family's drawing, which is a file's too."""
+    return "-".join(f"{name} {family}".replace("/", "-").split())

@@ -14,7 +14,7 @@ from strata import ConfigError
 from trainer.report import statistics
 from trainer.report.analysis import Report
 from trainer.report.curves import curve_names
-from trainer.report.drawing import COLOURS, Drawing, add_legend, finish, look, new_figure
+from trainer.report.drawing import COLOURS, Drawing, add_legend, called, family_of, finish, look, new_figure, titled
 from trainer.report.heat_maps import heat_maps
 from trainer.report.records import Record
 from trainer.report.results import Results
@@ -41,8 +41,7 @@ def _families(results: Results) -> dict[str, list[Arm]]:
     """Arms by what their names have before a colon: those of another task are drawn apart, as are "text: a" and "text: b"."""
     found: dict[str, list[Arm]] = {}
     for arm in results.arms:
-        head, colon, _ = arm.name.partition(": ")
-        found.setdefault(head if colon else "", []).append(arm)
+        found.setdefault(family_of(arm.name), []).append(arm)
     return found
 
 
@@ -83,7 +82,7 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _curves(results: Results, family: str, arms: Sequence[Arm], split: str, name: str) -> Drawing | None:
-    title = _titled(f"{split} {name}", family)
+    title = titled(f"{split} {name}", family)
     figure, axes = new_figure(f"{title}, mean over seeds with 95 % interval")
     axis, drawn, smallest = axes[0, 0], 0, math.inf
     looks = _looks(results, arms)
@@ -106,16 +105,7 @@ def _curves(results: Results, family: str, arms: Sequence[Arm], split: str, name
         axis.set_yscale("log")
     add_legend(figure, axis)
     ends = "; ".join(f"{line.get_label()} ends at {line.get_ydata()[-1]:.4g}" for line in axis.lines)
-    return finish(figure, _called(f"curve-{split}-{name}", family), title, f"{title} by step. {ends}.")
-
-
-def _titled(title: str, family: str) -> str:
-    return f"{family}: {title}" if family else title
-
-
-def _called(name: str, family: str) -> str:
-    """The name of a family's drawing, which is a file's too."""
-    return "-".join(f"{name} {family}".replace("/", "-").split())
+    return finish(figure, called(f"curve-{split}-{name}", family), title, f"{title} by step. {ends}.")
 
 
 def _effects(report: Report) -> Drawing | None:
@@ -141,7 +131,7 @@ def _effects(report: Report) -> Drawing | None:
         axis.set_yticks([])
         axis.set_ylim(-1, 1)
         axis.spines["left"].set_visible(False)
-        title = f"{claim.arm} against {claim.against}: {verdict.word}"
+        title = f"{verdict.word}: {claim.arm} against {claim.against}"
         axis.set_title(title if len(title) < 75 else f"{title[:72]}...", fontsize=8, loc="left")
         axis.set_xlabel((claim.metric or report.results.metric).label, fontsize=7)
     alt = "; ".join(f"{v.evidence.claim.statement}: {v.summary.mean:.4g}" for v in shown)
@@ -176,7 +166,7 @@ def _speed(results: Results, family: str, arms: Sequence[Arm]) -> Drawing | None
             lines[name] = points
     if not lines:
         return None
-    figure, axes = new_figure(_titled(f"steps to a {metric.split} {metric.name}, mean over seeds", family))
+    figure, axes = new_figure(titled(f"steps to a {metric.split} {metric.name}, mean over seeds", family))
     axis, looks = axes[0, 0], _looks(results, arms)
     for name, points in lines.items():
         axis.plot(*np.array(points).T, label=name, linewidth=1.4, **looks[name])
@@ -186,4 +176,4 @@ def _speed(results: Results, family: str, arms: Sequence[Arm]) -> Drawing | None
         axis.invert_xaxis()
     add_legend(figure, axis)
     alt = f"Steps that each arm needs until {metric.split} {metric.name} reaches a value."
-    return finish(figure, _called("speed", family), _titled("speed to a value", family), alt)
+    return finish(figure, called("speed", family), titled("speed to a value", family), alt)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.report.drawing import MARKERS, Drawing, add_legend, finish, look, new_figure
+from trainer.report.drawing import MARKERS, Drawing, add_legend, called, family_of, finish, look, new_figure, titled
 from trainer.report.records import Record
 from trainer.report.results import Results
 from trainer.sweep import outcome as outcomes
@@ -16,9 +16,9 @@ from trainer.sweep.experiment import Metric
 
 
 def u_curves(results: Results) -> list[Drawing]:
-    """The metric over one number that arms, or the points of a tuning, differ in."""
+    """The metric over one number that arms, or the points of a tuning, differ in; tunings by family of arms."""
     metric = dataclasses.replace(results.metric, kind="value", target=None)
-    families: dict[str, dict[str, list[tuple[float, float | None, str]]]] = {}
+    families: dict[tuple[str, str], dict[str, list[tuple[float, float | None, str]]]] = {}
     for choice in results.choices:
         arm = next((arm for arm in results.arms if arm.name == choice.arm), None)
         if arm is None or arm.tune is None or len(arm.tune.space.paths) != 1:
@@ -28,7 +28,7 @@ def u_curves(results: Results) -> list[Drawing]:
             x = _at(record.config, path)
             mark = "chosen" if record.point == choice.chosen else ""
             point = (x, _final(results, record, metric), mark)
-            families.setdefault(path, {}).setdefault(f"{arm.name} (tuning)", []).append(point)
+            families.setdefault((path, family_of(arm.name)), {}).setdefault(f"{arm.name} (tuning)", []).append(point)
     for path in dict.fromkeys(path for arm in results.arms for path in arm.changes):
         groups: dict[str, list[tuple[float, float | None, str]]] = {}
         for arm in results.arms:
@@ -38,11 +38,15 @@ def u_curves(results: Results) -> list[Drawing]:
                     groups.setdefault(rest, []).append((_at(record.config, path), _final(results, record, metric), ""))
         for name, points in groups.items():
             if len({x for x, _, _ in points if x is not None}) > 2:
-                families.setdefault(path, {})[name] = points
-    families = {path: lines for path, lines in families.items() if _drawable(lines)}
-    last = [path.rsplit(".", 1)[-1] for path in families]
-    names = [name if last.count(name) == 1 else path.replace(".", "-") for name, path in zip(last, families, strict=True)]
-    return [_u_curve(name, path, lines, metric) for name, (path, lines) in zip(names, families.items(), strict=True)]
+                families.setdefault((path, ""), {})[name] = points
+    families = {key: lines for key, lines in families.items() if _drawable(lines)}
+    last = [path.rsplit(".", 1)[-1] for path in dict.fromkeys(path for path, _ in families)]
+    found = []
+    for (path, family), lines in families.items():
+        short = path.rsplit(".", 1)[-1]
+        name = short if last.count(short) == 1 else path.replace(".", "-")
+        found.append(_u_curve(called(f"u-curve-{name}", family), path, family, lines, metric))
+    return found
 
 
 def _words(value: Any) -> str:
@@ -77,8 +81,10 @@ def _final(results: Results, record: Record, metric: Metric) -> float | None:
     return None if number is None else number[0]
 
 
-def _u_curve(name: str, path: str, lines: dict[str, list[tuple[float, float | None, str]]], metric: Metric) -> Drawing:
-    figure, axes = new_figure(f"{metric.split} {metric.name} over {path.rsplit('.', 1)[-1]}")
+def _u_curve(
+    name: str, path: str, family: str, lines: dict[str, list[tuple[float, float | None, str]]], metric: Metric
+) -> Drawing:
+    figure, axes = new_figure(titled(f"{metric.split} {metric.name} over {path.rsplit('.', 1)[-1]}", family))
     axis, xs, ringed = axes[0, 0], [], False
     words = []
     for index, (line, points) in enumerate(lines.items()):
@@ -107,4 +113,4 @@ def _u_curve(name: str, path: str, lines: dict[str, list[tuple[float, float | No
     axis.set_ylabel(f"{metric.split} {metric.name}")
     add_legend(figure, axis)
     alt = f"{metric.label} over {path}; a cross on top is a run without a number. {'; '.join(words)}."
-    return finish(figure, f"u-curve-{name}", f"{metric.name} over {path}", alt)
+    return finish(figure, name, titled(f"{metric.name} over {path}", family), alt)
