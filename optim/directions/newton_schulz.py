@@ -154,9 +154,7 @@ def newton_schulz(
         tall = y.shape[-2] > y.shape[-1]
         y = y.mT if tall else y
         gram = form == "gram" if form else gram_is_cheaper(y.shape[-2], y.shape[-1], len(chosen))
-        y32 = _of_size_one(y.astype(jnp.float32))
-        square = jnp.sum(y32 * y32, axis=(-2, -1), keepdims=True)
-        unit = (y32 * jnp.where(square > 0, jax.lax.rsqrt(square), 0)).astype(dtype)
+        unit = _of_norm_one(y.astype(jnp.float32)).astype(dtype)
         z = (_gram if gram else _plain)(unit, chosen).astype(x.dtype)
         return z.mT if tall else z
 
@@ -184,16 +182,21 @@ def newton_schulz(
         return done[:count].reshape(x.shape)
 
 
-def _of_size_one(x: jax.Array) -> jax.Array:
-    """Matrices whose squares float32 might not hold, each times the power of two that brings its largest entry near 1.
+def _of_norm_one(x: jax.Array) -> jax.Array:
+    """Each float32 matrix divided by its Frobenius norm; zero stays zero.
 
-    Entries in the ordinary range are multiplied by 1, so that no bit of them changes.
+    Where float32 might not hold the squares, the matrix is first multiplied by the power of two that brings its largest entry
+    near 1. The sum over the others is kept as it is, since another one would be rounded in another order.
     """
+    square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    ordinary = (square > 2.0**-100) & (square < 2.0**100)
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     # A float whose mantissa is cleared is a power of two; at either end its inverse would not be a normal number.
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000, jnp.float32)
-    ordinary = (largest > 2.0**-40) & (largest < 2.0**40)
-    return x * jnp.where(ordinary, 1.0, 1.0 / jnp.clip(power, 2.0**-126, 2.0**126))
+    scale = jnp.where(ordinary, 1.0, 1.0 / jnp.clip(power, 2.0**-126, 2.0**126))
+    scaled = x * scale
+    square = jnp.where(ordinary, square, jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
+    return scaled * jnp.where(square > 0, jax.lax.rsqrt(square), 0)
 
 
 def _over(matrices: jax.Array, axes: tuple[str, ...]) -> jax.Array:
