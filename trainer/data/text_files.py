@@ -135,10 +135,8 @@ def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator
 
 def read_corpus(options: TextFiles, tokenizer: Tokenizer) -> Corpus:
     """The corpus of the files."""
-    count, unsplit = (
-        len(matching(options.files, "files")),
-        "none of them was held out; give validation files, a larger held_out",
-    )
+    count = len(matching(options.files, "files"))
+    unsplit = "none of them was held out; give validation files, a larger held_out"
     if options.validation_files:
         validation = [str(path) for path in matching(options.validation_files, "validation_files")]
         count += len(validation)
