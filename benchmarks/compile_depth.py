@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.measure import Patience, overrides, parser, show, shown_ratio, spread, write_result
 from strata import to_tree
+from strata.cpu import tune_cpu
 
 
 def config(depth: int, changes: list[tuple[str, str]]) -> Any:
@@ -71,9 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     chosen = arguments.parse_args(argv)
     changes = overrides(chosen.set)
     configs = {depth: config(depth, changes) for depth in chosen.depths}
-    from trainer import devices
 
-    devices.tune_cpu()
+    tune_cpu()
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)

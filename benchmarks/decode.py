@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=16)
     arguments.add_argument("--seconds", type=float, default=0.3, help="length of a segment")
     options = arguments.parse_args(argv)
+    tune_cpu()
     shape = (options.batch, options.heads, options.size, options.dtype, options.tokens)
     softmax = {context: f"attention, {context}" for context in options.contexts}
     decoders = {name: attention(context, *shape) for context, name in softmax.items()}

@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     import models
     from models.transformer import depth_options
     from strata import ConfigError
-    from trainer import devices
+    from strata.cpu import tune_cpu
 
-    devices.tune_cpu()
+    tune_cpu()
     platform, losses = jax.default_backend(), {}
     if chosen.run:
         from trainer import load

@@ -34,6 +34,7 @@ from benchmarks.measure import QUIET, Neighbours, Patience, parser, quiet_only, 
 from kernels.inverse import METHODS
 from kernels.ops import GATES
 from kernels.samples import inputs
+from strata.cpu import tune_cpu
 from strata.errors import ConfigError
 
 Run = Callable[[tuple[Any, ...]], Any]
@@ -366,6 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         found = {"seeds": options.seeds, "errors": reflections([65, 200, 512, 2048], options.seeds)}
         write_result("reflections", found, options.out)
         return
+    tune_cpu()
     jla = importlib.metadata.version("jax-linear-attention") if importlib.util.find_spec("jla") else None
     if jla is None and not options.chunks:
         print("jax-linear-attention is not installed and was not measured: pip install jax-linear-attention (jax 0.11.2)")

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.measure import Neighbours, Patience, overrides, parser, quiet_only, show, shown_ratio, spread, write_result
 from strata import to_tree
+from strata.cpu import tune_cpu
 
 BASE = "base"
 ARMS = {
@@ -99,14 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--seconds", type=float, default=0.7, help="length of a segment")
     arguments.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field of all configs")
     chosen = arguments.parse_args(argv)
-    from trainer import devices
     from trainer.config import load
 
     named = dict(arm.split("=", 1) for arm in chosen.arm) or ARMS
     shared = overrides(chosen.set)
     configs = {BASE: load(chosen.config, shared).config}
     configs |= {name: load(chosen.config, [*shared, *overrides(text.split(","))]).config for name, text in named.items()}
-    devices.tune_cpu()
+    tune_cpu()
     arms = [Arm(name, options) for name, options in configs.items()]
     seconds, others = race(arms, chosen.rounds, chosen.seconds, chosen.patience)
     rows, found = [], {}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernels.sequences import boundaries, owners
+
+BLOCK = 16
+"""Tokens; any number gives the same sums up to rounding."""
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 def running_logsumexp(
@@ -25,33 +32,89 @@ def running_logsumexp(
       z before each token and after it, [B,T,H,K]; and after the last token, [B or N,H,K].
     """
     batch, length, heads, size = keys.shape
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if weight is None:
-        weight = jnp.full((rows, heads, size), -jnp.inf, keys.dtype)
-    weight = weight.astype(keys.dtype)
+    none = jnp.full((), -jnp.inf, keys.dtype)
     if cu_seqlens is None:
         first = (jnp.arange(length) == 0)[None, :, None, None]
-        reset = first if segment_ids is None else first | boundaries(segment_ids)[:, :, None, None]
-        entering = jnp.where(first, weight[:, None], -jnp.inf)
+        starts = first if segment_ids is None else first | boundaries(segment_ids)[:, :, None, None]
+        entering = none if weight is None else jnp.where(first, weight.astype(keys.dtype)[:, None], none)
     else:
-        sequence, starts = owners(cu_seqlens, length)
-        reset = starts[None, :, None, None]
-        entering = weight[sequence][None]
-    reset = jnp.broadcast_to(reset, (batch, length, 1, 1))
-    begun = jnp.where(reset, _added(entering, keys), keys)
-
-    def join(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jnp.where(right[1], right[0], _added(left[0], right[0])), left[1] | right[1]
-
-    after, _ = lax.associative_scan(join, (begun, reset), axis=1)
-    before = jnp.where(reset, entering, jnp.pad(after, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1])
+        sequence, begins = owners(cu_seqlens, length)
+        starts = begins[None, :, None, None]
+        entering = none if weight is None else weight.astype(keys.dtype)[sequence][None]
+    starts = jnp.broadcast_to(starts, (batch, length, 1, 1))
+    after = _running(keys if weight is None else jnp.where(starts, _added(entering, keys), keys), starts)
+    before = jnp.where(starts, entering, _shifted(after))
     if cu_seqlens is None:
         return before, after, after[:, -1]
     empty = (cu_seqlens[1:] == cu_seqlens[:-1])[:, None, None]
-    return before, after, jnp.where(empty, weight, after[0, jnp.maximum(cu_seqlens[1:] - 1, 0)])
+    untouched = none if weight is None else weight.astype(keys.dtype)
+    return before, after, jnp.where(empty, untouched, after[0, jnp.maximum(cu_seqlens[1:] - 1, 0)])
+
+
+@jax.custom_jvp
+def _running(values: jax.Array, starts: jax.Array) -> jax.Array:
+    """Running logsumexp along T of values [B,T,H,K], begun anew where `starts` [B,T,1,1]."""
+
+    def join(left: Pair, right: Pair) -> Pair:
+        return jnp.where(right[1], right[0], jnp.logaddexp(left[0], right[0])), left[1] | right[1]
+
+    return prefixes(join, (values, starts), (-jnp.inf, False))[0]
+
+
+@_running.defjvp
+def _running_tangent(primals: Pair, tangents: Pair) -> Pair:
+    """A sum's tangent is a running one too: dz_t = e^{z_{t-1} - z_t} dz_{t-1} + e^{x_t - z_t} dx_t, shares that add up to 1."""
+    values, starts = primals
+    found = _running(values, starts)
+    base = jnp.where(found == -jnp.inf, 0, found)
+    kept = jnp.where(starts, 0, jnp.exp(_shifted(found) - base))
+
+    def join(left: Pair, right: Pair) -> Pair:
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
+    return found, prefixes(join, (kept, jnp.exp(values - base) * tangents[0]), (1, 0))[1]
+
+
+def _shifted(sums: jax.Array) -> jax.Array:
+    """[B,T,H,K], one token later; -inf before the first."""
+    return jnp.pad(sums, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=-jnp.inf)[:, :-1]
 
 
 def _added(a: jax.Array, b: jax.Array) -> jax.Array:
     """log(e^a + e^b), with derivatives of zero where both are -inf."""
     none = (a == -jnp.inf) & (b == -jnp.inf)
     return jnp.where(none, -jnp.inf, jnp.logaddexp(jnp.where(none, 0.0, a), jnp.where(none, 0.0, b)))
+
+
+def prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[float, float]) -> Pair:
+    """What `jax.lax.associative_scan` gives along axis 1 of elements [B,T,...], moving them less.
+
+    Token after token in all blocks of `BLOCK` tokens at once, then over the blocks. The other moves all elements at each of its
+    levels.
+
+    Args:
+      join: associative. nothing: its neutral element.
+    """
+    batch, length = elements[0].shape[:2]
+    size = min(BLOCK, length)
+    count = -(-length // size)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        """[B,T,...] -> [size,B,count,...]"""
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 2, 0)
+
+    def token(left: Pair, right: Pair) -> tuple[Pair, Pair]:
+        joined = join(left, right)
+        return joined, joined
+
+    by_token = tuple(blocks(x) for x in elements)
+    first = tuple(x[0] for x in by_token)
+    whole, later = lax.scan(token, first, tuple(x[1:] for x in by_token))
+    within = tuple(jnp.concatenate([x[None], y]) for x, y in zip(first, later, strict=True))
+    before = tuple(
+        jnp.pad(x[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (x.ndim - 2)), constant_values=value)[None]
+        for x, value in zip(lax.associative_scan(join, whole, axis=1), nothing, strict=True)
+    )
+    found = (jnp.moveaxis(x, 0, 2) for x in join(before, within))
+    return tuple(x.reshape(batch, count * size, *x.shape[3:])[:, :length] for x in found)

@@ -30,6 +30,7 @@ from kernels import ops, registry, tuning
 from kernels.arguments import Call, default_device
 from kernels.ops import GATES
 from kernels.samples import inputs
+from strata.cpu import tune_cpu
 from strata.errors import ConfigError
 
 LARGEST_RATIO = 0.97
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     options = made.parse_args(argv)
     if options.rounds < LEAST_ROUNDS:
         made.error(f"--rounds {options.rounds}: expected at least {LEAST_ROUNDS}")
+    tune_cpu()
     device = default_device()
     name = tuning.device_name(device.device_kind, device.platform)
     path = options.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"

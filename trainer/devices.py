@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import glob
 import os
-import platform
 import re
 import sys
 import warnings
@@ -14,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from strata import ConfigError
+from strata.cpu import tune_cpu
 from trainer.options import Config, Mesh
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(.+?)': (.*)", re.DOTALL)
 
@@ -44,23 +41,6 @@ def start(
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun step; a batch script alone is one process
         jax.distributed.initialize()
     use_compilation_cache()
-
-
-def tune_cpu() -> None:
-    """Keep the memory of a CPU step in the process between steps; call before JAX's first computation.
-
-    XLA allocates one scratch buffer a step and frees it. The C library gives it back to the kernel, which hands it out
-    again page by page, zeroed: more than half of a small model's step (`benchmarks/step_speed.py`). glibc is asked to keep
-    what is freed; it does so for the main thread only, so steps are run there, without asynchronous dispatch. Other C
-    libraries are left alone. Accelerators are not affected.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if platform.libc_ver()[0] == "glibc":
-        keep = ctypes.CDLL(None).mallopt
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            keep(parameter, 2**31 - 1)
 
 
 def check_started(config: Config) -> None:

@@ -31,7 +31,7 @@ def derived_attention_gradient() -> None:
 
 
 SETTINGS = {
-    "tune_cpu": "default allocator and asynchronous dispatch (trainer.devices.tune_cpu off)",
+    "tune_cpu": "default allocator and asynchronous dispatch (strata.cpu.tune_cpu off)",
     "written_out": "a scan over the layers instead of every layer written out (models.depth.sequential)",
 }
 FORMS: dict[str, tuple[Callable[[], None], str]] = {

@@ -48,10 +48,10 @@ def main() -> None:
     arguments.add_argument("--without", action="append", default=[], choices=ablations.NAMES)
     chosen = arguments.parse_args()
     size, without = chosen.size, set(chosen.without)
-    from trainer import devices
+    from strata.cpu import tune_cpu
 
     if "tune_cpu" not in without:
-        devices.tune_cpu()
+        tune_cpu()
     import jax
     import numpy as np
 

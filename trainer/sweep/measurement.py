@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from strata import ConfigError, Diverged, Preempted
+from strata.cpu import tune_cpu
 from trainer.metrics.jsonl import MetricsWriter
 from trainer.run_directory import RunDirectory
 from trainer.signals import StopRequest
@@ -119,7 +120,7 @@ def measure(spec: Mapping[str, Any], workdir: str | Path) -> None:
             return
         from trainer import devices
 
-        devices.tune_cpu()
+        tune_cpu()
         devices.use_compilation_cache()
         from trainer.environment import describe_environment
 
