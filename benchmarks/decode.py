@@ -24,6 +24,7 @@ import kernels
 from benchmarks.measure import Neighbours, Patience, parser, show, shown_ratio, spread, write_result
 from kernels.ops import GATES
 from kernels.samples import inputs
+from strata.cpu import tune_cpu
 
 Carry = Any
 Step = Callable[[Carry, Any], tuple[Carry, jax.Array]]
