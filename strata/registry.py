@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from strata.errors import ConfigError
+
 _components: dict[str, dict[str, type]] = {}
 _bases: dict[str, type] = {}
 
@@ -88,8 +90,26 @@ def lookup(kind: str, name: str) -> type:
 
 
 def implementation(component: Any) -> Callable[..., Any]:
-    """Import and return the implementation of an options object or class."""
+    """Import and return the implementation of an options object or class.
+
+    Raises:
+      ConfigError: `register` was told a place where there is none.
+      LookupError: `register` was told no place.
+    """
     if component.implemented_by is None:
         raise LookupError(f"{component.kind} {component.name!r} has no implementation to import")
     module, _, attribute = component.implemented_by.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    wrong = f"{component.kind} {component.name!r} is registered with implementation = {component.implemented_by!r}; "
+    try:
+        found = importlib.import_module(module) if module else None
+    except ModuleNotFoundError as error:
+        # Another module than this or a package of it: a mistake inside, whose traceback says where.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError(f"{wrong}there is no module {error.name!r}") from None
+    if found is None or not attribute:
+        raise ConfigError(f"{wrong}expected 'module:callable'")
+    if not hasattr(found, attribute):
+        near = difflib.get_close_matches(attribute, dir(found), n=1)
+        raise ConfigError(f"{wrong}{module} has no {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return getattr(found, attribute)

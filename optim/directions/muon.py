@@ -39,7 +39,7 @@ def shape_factor(shape: Sequence[int], scaling: str | None, fan_in_axis: int = -
     if scaling is None:
         return 1.0
     if scaling == "jordan":
-        return max(1.0, outputs / inputs) ** 0.5
+        return max(1.0, outputs / max(1, inputs)) ** 0.5  # 0 inputs: an empty matrix, of any scale
     if scaling == "moonlight":
         return 0.2 * max(inputs, outputs) ** 0.5
     raise ValueError(f"scaling is 'jordan', 'moonlight' or None, not {scaling!r}")

@@ -121,6 +121,14 @@ def test_a_zero_gradient_moves_nothing_by_normuon():
     assert not np.any(tx.update(g, tx.init(g))[0])
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4), (2, 4, 0)])
+def test_a_matrix_without_entries_stays(shape):
+    params = {"none": jnp.zeros(shape), "some": jnp.ones((4, 4))}
+    for made in (optim.muon(0.1), optim.muon(0.1, scaling="moonlight"), optim.normuon(0.1)):
+        updates, _ = made.update(params, made.init(params), params)
+        assert updates["none"].shape == shape and np.isfinite(updates["some"]).all()
+
+
 @pytest.mark.parametrize("sizes", [(8, 4, 4), (4, 4, 4, 4)])
 def test_matrices_side_by_side_are_orthogonalised_and_scaled_by_themselves(sizes):
     tx, g = scale_by_muon(splits={"w": sizes}), {"w": normal(2, 5, 16)}

@@ -1,10 +1,25 @@
 """Options: every mistake is found, at once, with its path, its value and what was expected."""
 
 import dataclasses
+import re
 
 import pytest
 
-from strata import base, components, lookup, option, options, part, parts, register, resolve, section, to_tree
+from strata import (
+    ConfigError,
+    base,
+    components,
+    implementation,
+    lookup,
+    option,
+    options,
+    part,
+    parts,
+    register,
+    resolve,
+    section,
+    to_tree,
+)
 from strata.registry import _components
 from strata.values import Mismatch, Text, coerce
 
@@ -277,6 +292,34 @@ def test_a_name_is_registered_once_and_fields_cannot_hide_it():
             name: str = option("x", "hidden")
 
     assert "odd" not in _components["test.paint"]
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("no_such_module:Paint", "there is no module 'no_such_module'"),
+        ("strata.no_such_module:Paint", "there is no module 'strata.no_such_module'"),
+        ("strata.registry:lookupp", "strata.registry has no 'lookupp'; did you mean 'lookup'"),
+        ("strata.registry", "expected 'module:callable'"),
+        (":lookup", "expected 'module:callable'"),
+    ],
+)
+def test_a_place_with_nothing_in_it_is_told_with_the_part_that_names_it(monkeypatch, place, sentence):
+    monkeypatch.setitem(_components, "test.brush", {})
+    brush = register("test.brush", "wide", implementation=place)(options(type("Wide", (), {"__doc__": "A brush."})))
+    with pytest.raises(
+        ConfigError, match=re.escape(f"test.brush 'wide' is registered with implementation = {place!r}; {sentence}")
+    ):
+        implementation(brush)
+
+
+def test_a_module_that_lacks_another_one_says_where(monkeypatch, tmp_path):
+    monkeypatch.setitem(_components, "test.brush", {})
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_brush.py").write_text("import no_such_module\n")
+    brush = register("test.brush", "wide", implementation="a_brush:Wide")(options(type("Wide", (), {"__doc__": "A brush."})))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        implementation(brush)
 
 
 def test_options_that_do_not_say_what_is_asked_of_their_kind_answer_as_its_base_in_either_order(monkeypatch):
