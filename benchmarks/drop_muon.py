@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.fixed_loss import over, race, told
 from benchmarks.measure import Patience, Timed, batch_of, overrides, parser, show, shown_ratio, spread, timed, write_result
+from strata.cpu import tune_cpu
 
 BASE = [("model.layers", "8"), ("optimizer.schedule.name", "constant")]
 DROP = ("optimizer.sampling.name", "drop_muon")
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--seeds", type=int, default=1, help="trainings")
     arguments.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field of the config")
     chosen = arguments.parse_args(argv)
+    tune_cpu()
     changes, patience = overrides(chosen.set), Patience(chosen.patience)
     runs, facts = steppers(changes)
     for run in runs.values():

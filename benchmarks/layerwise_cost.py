@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Patience, Timed, batch_of, overrides, parser, show, spread, timed, write_result
+from strata.cpu import tune_cpu
 
 CONTESTANTS = {
     "plain": [],
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--count", type=int, default=4, help="updates in a segment")
     arguments.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field of the config")
     chosen = arguments.parse_args(argv)
+    tune_cpu()
     changes = overrides(chosen.set)
     runs = {name: stepper([*changes, *own]) for name, own in CONTESTANTS.items()}
     # Beside the number of the update: whether it measures.

@@ -33,6 +33,7 @@ from benchmarks.measure import (
     timed,
     write_result,
 )
+from strata.cpu import tune_cpu
 
 SETS = {
     "blocks of width 128": "16x128x128+4x128x512+4x512x128",
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="change a field of the step's config"
     )
     chosen = arguments.parse_args(argv)
+    tune_cpu()
     sets = {text: text for text in chosen.shapes} if chosen.shapes else SETS
     parsed = {name: parse(text) for name, text in sets.items()}
     patience = Patience(chosen.patience)

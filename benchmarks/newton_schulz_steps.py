@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.fixed_loss import Contestant, over, race, told
 from benchmarks.measure import Patience, overrides, parser, show, shown_ratio, spread, timed, write_result
+from strata.cpu import tune_cpu
 
 SIZES = (77e6, 354e6, 1e9, 2.8e9, 10e9, 30e9, 100e9, 300e9)
 UNIFORM = 5
@@ -242,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--seeds", type=int, default=1, help="trainings")
     arguments.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a field of the config")
     chosen = arguments.parse_args(argv)
+    tune_cpu()
     table = [predicted(size) for size in SIZES]
     rows = [
         [
