@@ -89,13 +89,16 @@ def _added(a: jax.Array, b: jax.Array) -> jax.Array:
 def prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[float, float]) -> Pair:
     """What `jax.lax.associative_scan` gives along axis 1 of elements [B,T,...], moving them less.
 
-    Token after token in all blocks of `BLOCK` tokens at once, then over the blocks. The other moves all elements at each of its
-    levels.
+    Token after token in all blocks of `BLOCK` tokens at once, then over the blocks in the same way. The other moves all
+    elements at each of its levels, and XLA:CPU of jax 0.11.2 crashes in compiling its transpose for a recurrence inside
+    `jax.shard_map`.
 
     Args:
       join: associative. nothing: its neutral element.
     """
     batch, length = elements[0].shape[:2]
+    if length == 1:
+        return elements
     size = min(BLOCK, length)
     count = -(-length // size)
 
@@ -114,7 +117,7 @@ def prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[
     within = tuple(jnp.concatenate([x[None], y]) for x, y in zip(first, later, strict=True))
     before = tuple(
         jnp.pad(x[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (x.ndim - 2)), constant_values=value)[None]
-        for x, value in zip(lax.associative_scan(join, whole, axis=1), nothing, strict=True)
+        for x, value in zip(prefixes(join, whole, nothing), nothing, strict=True)
     )
     found = (jnp.moveaxis(x, 0, 2) for x in join(before, within))
     return tuple(x.reshape(batch, count * size, *x.shape[3:])[:, :length] for x in found)

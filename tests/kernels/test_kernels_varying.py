@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 import kernels
 from kernels.ops import GATES
+from kernels.running import BLOCK
 
 OPS = ("linear_attention", "retention", "kda", "lightnet")
 """No decay, one that is the same on all devices, the delta rule with a decay by channel, and a state that is a pair."""
@@ -46,10 +47,11 @@ def check(mesh, backend: str, op: str, kind: str) -> None:
     """Output, final state and gradients of every input, over two devices and on one."""
     rng = np.random.default_rng(0)
     decay, delta = GATES[op]
-    q, k, v = (rng.standard_normal((4, 9, 2, 4)).astype(np.float32) for _ in range(3))
-    gates = [-np.abs(q)] * (op == "kda") + [np.full((4, 9, 2), 0.7, np.float32)] * delta
+    length = 2 * BLOCK + 8 if op == "lightnet" else 9  # blocks of its running sum
+    q, k, v = (rng.standard_normal((4, length, 2, 4)).astype(np.float32) for _ in range(3))
+    gates = [-np.abs(q)] * (op == "kda") + [np.full((4, length, 2), 0.7, np.float32)] * delta
     state, spec, whole = states_of(op, 4, 2, 4)[kind]
-    segment_ids = np.sort(rng.integers(0, 3, (4, 9)), axis=1).astype(np.int32)
+    segment_ids = np.sort(rng.integers(0, 3, (4, length)), axis=1).astype(np.int32)
 
     def objective(arrays, state, segment_ids):
         o, final = getattr(kernels, op)(
@@ -89,6 +91,19 @@ def check_packed(mesh, backend: str) -> None:
     close(jax.jit(over)(q, k, v, cu_seqlens), jax.jit(run)(q, k, v, cu_seqlens), f"{backend} packed")
 
 
+def check_gradient_through(mesh, backend: str) -> None:
+    """The gradient of LightNet taken outside, just over one block of its running sum: XLA:CPU has crashed in compiling it."""
+    arrays = tuple(np.random.default_rng(0).standard_normal((3, 2, BLOCK + 1, 2, 4)).astype(np.float32))
+
+    def run(*arrays):
+        return kernels.lightnet(*arrays, backend=backend)[0]
+
+    rows = PartitionSpec("data")
+    over = jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)
+    slopes = [jax.jit(jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(*x)))))(arrays) for f in (over, run)]
+    close(*slopes, f"{backend} through")
+
+
 def on_two_devices(backend: str) -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     assert mesh.size == 2
@@ -96,6 +111,7 @@ def on_two_devices(backend: str) -> None:
         for kind in ("none", "same", "own"):
             check(mesh, backend, op, kind)
     check_packed(mesh, backend)
+    check_gradient_through(mesh, backend)
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference"])
