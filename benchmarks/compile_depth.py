@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     chosen = arguments.parse_args(argv)
     changes = overrides(chosen.set)
     configs = {depth: config(depth, changes) for depth in chosen.depths}
-
     tune_cpu()
     import jax
 

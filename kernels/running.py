@@ -11,7 +11,7 @@ from jax import lax
 from kernels.sequences import boundaries, owners
 
 BLOCK = 16
-"""Tokens; any number gives the same sums up to rounding."""
+"""Tokens, at least 2; the number changes the rounding of sums and nothing else."""
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -31,24 +31,24 @@ def running_logsumexp(
     Returns:
       z before each token and after it, [B,T,H,K]; and after the last token, [B or N,H,K].
     """
-    batch, length, heads, size = keys.shape
+    batch, length = keys.shape[:2]
     none = jnp.full((), -jnp.inf, keys.dtype)
+    weight = None if weight is None else weight.astype(keys.dtype)
     if cu_seqlens is None:
         first = (jnp.arange(length) == 0)[None, :, None, None]
         starts = first if segment_ids is None else first | boundaries(segment_ids)[:, :, None, None]
-        entering = none if weight is None else jnp.where(first, weight.astype(keys.dtype)[:, None], none)
+        entering = none if weight is None else jnp.where(first, weight[:, None], none)
     else:
         sequence, begins = owners(cu_seqlens, length)
         starts = begins[None, :, None, None]
-        entering = none if weight is None else weight.astype(keys.dtype)[sequence][None]
+        entering = none if weight is None else weight[sequence][None]
     starts = jnp.broadcast_to(starts, (batch, length, 1, 1))
     after = _running(keys if weight is None else jnp.where(starts, _added(entering, keys), keys), starts)
     before = jnp.where(starts, entering, _shifted(after))
     if cu_seqlens is None:
         return before, after, after[:, -1]
     empty = (cu_seqlens[1:] == cu_seqlens[:-1])[:, None, None]
-    untouched = none if weight is None else weight.astype(keys.dtype)
-    return before, after, jnp.where(empty, untouched, after[0, jnp.maximum(cu_seqlens[1:] - 1, 0)])
+    return before, after, jnp.where(empty, none if weight is None else weight, after[0, jnp.maximum(cu_seqlens[1:] - 1, 0)])
 
 
 @jax.custom_jvp
@@ -58,7 +58,7 @@ def _running(values: jax.Array, starts: jax.Array) -> jax.Array:
     def join(left: Pair, right: Pair) -> Pair:
         return jnp.where(right[1], right[0], jnp.logaddexp(left[0], right[0])), left[1] | right[1]
 
-    return prefixes(join, (values, starts), (-jnp.inf, False))[0]
+    return _prefixes(join, (values, starts), (-jnp.inf, False))[0]
 
 
 @_running.defjvp
@@ -72,7 +72,7 @@ def _running_tangent(primals: Pair, tangents: Pair) -> Pair:
     def join(left: Pair, right: Pair) -> Pair:
         return left[0] * right[0], left[1] * right[0] + right[1]
 
-    return found, prefixes(join, (kept, jnp.exp(values - base) * tangents[0]), (1, 0))[1]
+    return found, _prefixes(join, (kept, jnp.exp(values - base) * tangents[0]), (1, 0))[1]
 
 
 def _shifted(sums: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _added(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(none, -jnp.inf, jnp.logaddexp(jnp.where(none, 0.0, a), jnp.where(none, 0.0, b)))
 
 
-def prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[float, float]) -> Pair:
+def _prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[float, float]) -> Pair:
     """What `jax.lax.associative_scan` gives along axis 1 of elements [B,T,...], moving them less.
 
     Token after token in all blocks of `BLOCK` tokens at once, then over the blocks in the same way. The other moves all
@@ -117,7 +117,7 @@ def prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[
     within = tuple(jnp.concatenate([x[None], y]) for x, y in zip(first, later, strict=True))
     before = tuple(
         jnp.pad(x[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (x.ndim - 2)), constant_values=value)[None]
-        for x, value in zip(prefixes(join, whole, nothing), nothing, strict=True)
+        for x, value in zip(_prefixes(join, whole, nothing), nothing, strict=True)
     )
     found = (jnp.moveaxis(x, 0, 2) for x in join(before, within))
     return tuple(x.reshape(batch, count * size, *x.shape[3:])[:, :length] for x in found)
