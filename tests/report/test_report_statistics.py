@@ -151,6 +151,15 @@ def test_welch_is_scipys(one, two):
     assert difference == pytest.approx(np.mean(one) - np.mean(two), abs=1e-9)
 
 
+def test_losses_whose_squares_no_float_holds_are_described_as_any_others_are():
+    one, two, scale = [1.0, 3.0, 2.0, 1.5], [1.0, 2.0, 2.5, 1.1], 1e200
+    large, larger = [x * scale for x in one], [x * scale for x in two]
+    found, same = statistics.summarise(large), statistics.summarise(one)
+    assert (found.sd / scale, found.low / scale, found.high / scale) == pytest.approx((same.sd, same.low, same.high))
+    assert statistics.welch(large, larger)[3] == pytest.approx(statistics.welch(one, two)[3])
+    assert statistics.paired_t(large).two_sided == pytest.approx(statistics.paired_t(one).two_sided)
+
+
 def test_a_missing_scipy_is_said_in_one_sentence(monkeypatch):
     import importlib
 

@@ -47,7 +47,7 @@ def summarise(values: Sequence[float], level: float = 0.95) -> Summary:
     mean = math.fsum(values) / n if n else math.nan
     if n < 2:
         return Summary(n, mean, math.nan, math.nan, math.nan, level)
-    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))
+    sd = math.hypot(*(x - mean for x in values)) / math.sqrt(n - 1)
     half = t_quantile((1 + level) / 2, n - 1) * sd / math.sqrt(n)
     return Summary(n, mean, sd, mean - half, mean + half, level)
 
@@ -244,10 +244,10 @@ def welch(one: Sequence[float], two: Sequence[float], level: float = 0.95) -> tu
     difference = a.mean - b.mean
     if a.n < 2 or b.n < 2:
         return difference, math.nan, math.nan, math.nan
-    va, vb = a.sd**2 / a.n, b.sd**2 / b.n
-    error = math.sqrt(va + vb)
+    of_a, of_b = a.sd / math.sqrt(a.n), b.sd / math.sqrt(b.n)
+    error = math.hypot(of_a, of_b)
     if error == 0:
         return difference, difference, difference, 1.0 if difference == 0 else 0.0
-    df = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1))
+    df = 1 / ((of_a / error) ** 4 / (a.n - 1) + (of_b / error) ** 4 / (b.n - 1))
     half = t_quantile((1 + level) / 2, df) * error
     return difference, difference - half, difference + half, 2 * _t_cdf(-abs(difference / error), df)

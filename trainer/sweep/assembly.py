@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from strata import ConfigError, Problem, StrataError
+from trainer.sweep import needs
 from trainer.sweep.outcome import outcome
 from trainer.sweep.place import Place
 from trainer.sweep.plan import Plan, Run
@@ -32,11 +33,12 @@ def check_assembly(plan: Plan, place: Place, variables: Mapping[str, str]) -> No
       variables: of the environment of a run.
 
     Raises:
-      ConfigError: with every module that is missing, else with every problem of assembling, each said once with its arms.
+      ConfigError: with every module that is missing, else every run to start from that is not the planned one any more, else
+        every problem of assembling, each said once with its arms.
       StrataError: the process that assembles ended without an answer.
     """
-    if missing := missing_modules(plan, place):
-        raise ConfigError(missing, f"{plan.source.path} at scale {plan.scale_name}")
+    if wrong := missing_modules(plan, place) or longer_donors(plan, place):
+        raise ConfigError(wrong, f"{plan.source.path} at scale {plan.scale_name}")
     chosen = unbegun(plan, place)
     if not chosen:
         return
@@ -81,6 +83,21 @@ def missing_modules(plan: Plan, place: Place) -> list[Problem]:
         for words in missing if ahead else ():
             names.setdefault(words, []).append(f"arm {arm.name!r}")
     return [Problem(f"the module {words}", f"needed by {', '.join(arms)}", has_value=False) for words, arms in names.items()]
+
+
+def longer_donors(plan: Plan, place: Place) -> list[Problem]:
+    """Runs that went on beyond their plan, of which runs to come would take the newest weights: those of more training."""
+    steps = {run.directory: run.steps for run in plan.distinct}
+    found: dict[str, list[str]] = {}
+    for run in place.to_make(plan):
+        for name in sorted(needs.taken_as_they_are(json.loads(run.config), run.needs)):
+            planned = steps.get(name, 0)
+            donor = outcome(place.runs / name, planned)
+            if donor.extended_from(planned) is not None:
+                words = f"{name} is to make {planned:,} updates and went on to {donor.step:,}"
+                found.setdefault(words, []).append(run.title)
+    how = "they would start from the newest: put a step beside RunOf(...), or move that directory away"
+    return [Problem(words, f"{', '.join(titles)}: {how}", has_value=False) for words, titles in found.items()]
 
 
 def _installed(module: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strata import ConfigError, Problem
@@ -95,6 +96,19 @@ def in_order(arms: Sequence[Arm]) -> list[Arm]:
 def resolve(changes: Mapping[str, Any], seed: int, directories: Directories) -> dict[str, Any]:
     """Changes with the directories of the runs that they name."""
     return {path: directories[value.arm, seed] if isinstance(value, RunOf) else value for path, value in changes.items()}
+
+
+def taken_as_they_are(tree: Any, names: Sequence[str]) -> set[str]:
+    """Of the run directories called `names`, those whose newest checkpoint a run takes: no `step` stands beside them in its
+    config, or in the arguments of a measurement.
+    """
+    if isinstance(tree, list):
+        return {name for item in tree for name in taken_as_they_are(item, names)}
+    if not isinstance(tree, Mapping):
+        return set()
+    found = {name for item in tree.values() for name in taken_as_they_are(item, names)}
+    values = [value for value in tree.values() if isinstance(value, str) and Path(value).name in names]
+    return found if tree.get("step") is not None else found | {Path(value).name for value in values}
 
 
 def _all_needed(by_name: Mapping[str, Arm], name: str) -> set[str]:
