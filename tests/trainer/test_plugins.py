@@ -123,6 +123,7 @@ from optim.roles import depth_of
 from optim.rules import Rule
 from optim.sampling import Cuts
 from strata import option, options, register
+from trainer.data.corpus import Document, pack
 from trainer.data.dataset import Dataset
 from trainer.data.options import Batches
 
@@ -213,6 +214,17 @@ class BareData:
     pass
 
 
+@register("data.source", "mine", implementation=f"{__name__}:lines")
+@options
+class Lines:
+    count: int = option(8, "documents", least=2)
+
+
+def lines(option, tokenizer):
+    documents = [Document(f"line {i}", b"a line of text " * 4, held_out=i == 0) for i in range(option.count)]
+    return pack(documents, tokenizer, "lines", {"kind": "lines"})
+
+
 def zeros(option, seed):
     class Rows:
         def __len__(self):
@@ -272,6 +284,7 @@ RUNS = {
         "optimizer": {"direction": {"name": "muon", "newton_schulz": MINE, "rest": MINE}},
     },
     "recipe": {"optimizer": {kind: MINE for kind in ("direction", "schedule", "layerwise", "sampling")}},
+    "source": {"data": {"name": "mixture", "sources": [MINE], "sequence_length": 8, "batch_size": 2}},
     "data": {"data": {"name": "mine", "sequence_length": 8, "batch_size": 2}, "model": {"depth": MINE}},
 }
 

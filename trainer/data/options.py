@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from strata import option, options, parts, register
+from strata.registry import base
 
 Problems = Iterator[tuple[str, str]]
 
@@ -94,9 +95,10 @@ class Tokens:
             yield "directory", "give the directory that `python -m trainer.data write` wrote"
 
 
+@base("data.source")
 @options
 class Weighted:
-    """One source of a mixture."""
+    """One source of a mixture; one that does not say weighs 1."""
 
     weight: float = option(1.0, "share of the examples, relative to the other sources", above=0)
 
