@@ -11,12 +11,11 @@ the authors of LayerNorm Scaling, of the same group, report Mix-LN diverging at 
 paper's own table of initial scales, where the gain falls from 0.072 nats to 0.028 once projections that write to the stream
 start smaller by sqrt(2 L), and to nothing with a scaled embedding too [table].
 
-Controls: the peak rate of each placement is tuned on a seed that the comparison does not use; other alphas and initial scales
-have one rate, 3e-3, which is none's optimum. `scaled` shrinks every projection into the stream, those of post-LN layers too,
-where the released code leaves these out [code]. As in the paper, every projection starts normal; `scaled` and this framework's
-zero start are arms, as the paper's gain may be one of initial scale. LNS and peri are the rivals that came after. DeepNorm is
-the paper's, not the baseline of Mix-LN's released code, which multiplies where it should divide. Against the claim would count:
-pre-LN with its own best rate as low as Mix-LN, or `pre, scaled` as low.
+Controls: the peak rate of every arm is tuned on a seed that the comparison does not use. `scaled` shrinks every projection into
+the stream, those of post-LN layers too, where the released code leaves these out [code]. As in the paper, every projection
+starts normal; `scaled` and this framework's zero start are arms, as the paper's gain may be one of initial scale. LNS and peri
+are the rivals that came after. DeepNorm is the paper's, not the baseline of Mix-LN's released code, which multiplies where it
+should divide. Against the claim would count: pre-LN with its own best rate as low as Mix-LN, or `pre, scaled` as low.
 
 Rows of diagnostics hold gradient norms and angular distances by layer: the report draws them, `python -m trainer.inspect --run
 RUN` draws more. A deep narrow model, since in four layers there is one post-LN block.
@@ -68,15 +67,17 @@ def get_experiment() -> Experiment:
             Arm("deepnorm", placement("deepnorm"), tune=tune, part=2),
             Arm("sandwich", placement("sandwich"), tune=tune, part=2),
             Arm("peri", placement("peri"), tune=tune, part=2, control="a later rival"),
-            *(Arm(f"mix {name}", placement("mix", alpha=alpha), part=2) for name, alpha in (("1/12", 1 / 12), ("1/2", 0.5))),
-            Arm("pre, scaled", {"model.output_init": "scaled"}, part=2, control="is it the initial scale?"),
+            Arm("mix 1/12", placement("mix", alpha=1 / 12), tune=tune, part=2),
+            Arm("mix 1/2", placement("mix", alpha=0.5), tune=tune, part=2),
+            Arm("pre, scaled", {"model.output_init": "scaled"}, tune=tune, part=2, control="is it the initial scale?"),
             Arm(
                 "mix 1/4, scaled",
-                placement("mix") | {"model.output_init": "scaled"},
+                placement("mix", alpha=0.25) | {"model.output_init": "scaled"},
+                tune=tune,
                 part=2,
                 control="is it the initial scale?",
             ),
-            Arm("pre, zero", {"model.output_init": "zero"}, part=2, control="this framework's own start"),
+            Arm("pre, zero", {"model.output_init": "zero"}, tune=tune, part=2, control="this framework's own start"),
         ],
         scales={
             # Six layers: a twelfth of four is none.
