@@ -13,7 +13,7 @@ from kernels.sequences import boundaries, owners
 BLOCK = 16
 """Tokens, at least 2; the number changes the rounding of sums and nothing else."""
 
-Pair = tuple[jax.Array, jax.Array]
+Elements = tuple[jax.Array, ...]
 
 
 def running_logsumexp(
@@ -55,24 +55,33 @@ def running_logsumexp(
 def _running(values: jax.Array, starts: jax.Array) -> jax.Array:
     """Running logsumexp along T of values [B,T,H,K], begun anew where `starts` [B,T,1,1]."""
 
-    def join(left: Pair, right: Pair) -> Pair:
+    def join(left: Elements, right: Elements) -> Elements:
         return jnp.where(right[1], right[0], jnp.logaddexp(left[0], right[0])), left[1] | right[1]
 
-    return _prefixes(join, (values, starts), (-jnp.inf, False))[0]
+    return _prefixes(join, (values, starts), (-jnp.inf, True))[0]
 
 
 @_running.defjvp
-def _running_tangent(primals: Pair, tangents: Pair) -> Pair:
-    """A sum's tangent is a running one too: dz_t = e^{z_{t-1} - z_t} dz_{t-1} + e^{x_t - z_t} dx_t, shares that add up to 1."""
+def _running_tangent(primals: Elements, tangents: Elements) -> tuple[jax.Array, jax.Array]:
+    """Its tangent is a running sum too: dz_t = e^{z_s - z_t} dz_s + sum_{s<r<=t} e^{x_r - z_t} dx_r, shares of 1.
+
+    What is kept over a stretch of tokens is one exponential: a product of one a token would gather all their roundings.
+    """
     values, starts = primals
     found = _running(values, starts)
-    base = jnp.where(found == -jnp.inf, 0, found)
-    kept = jnp.where(starts, 0, jnp.exp(_shifted(found) - base))
 
-    def join(left: Pair, right: Pair) -> Pair:
-        return left[0] * right[0], left[1] * right[0] + right[1]
+    def join(left: Elements, right: Elements) -> Elements:
+        # At a start the difference may be large: it must not reach the exponential, whose own derivative would be infinite.
+        kept = jnp.exp(jnp.where(right[1], -jnp.inf, left[0]) - _finite(right[0]))
+        return right[0], left[1] | right[1], kept * left[2] + right[2]
 
-    return found, _prefixes(join, (kept, jnp.exp(values - base) * tangents[0]), (1, 0))[1]
+    taken = jnp.exp(values - _finite(found)) * tangents[0]
+    return found, _prefixes(join, (found, starts, taken), (-jnp.inf, True, 0))[2]
+
+
+def _finite(sums: jax.Array) -> jax.Array:
+    """Zero in place of -inf, to be subtracted."""
+    return jnp.where(sums == -jnp.inf, 0, sums)
 
 
 def _shifted(sums: jax.Array) -> jax.Array:
@@ -86,7 +95,7 @@ def _added(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(none, -jnp.inf, jnp.logaddexp(jnp.where(none, 0.0, a), jnp.where(none, 0.0, b)))
 
 
-def _prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple[float, float]) -> Pair:
+def _prefixes(join: Callable[[Elements, Elements], Elements], elements: Elements, nothing: tuple[float, ...]) -> Elements:
     """What `jax.lax.associative_scan` gives along axis 1 of elements [B,T,...], moving them less.
 
     Token after token in all blocks of `BLOCK` tokens at once, then over the blocks in the same way. The other moves all
@@ -94,7 +103,7 @@ def _prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple
     `jax.shard_map`.
 
     Args:
-      join: associative. nothing: its neutral element.
+      join: associative. nothing: a sequence of its own that holds nothing, to stand before the first token and behind the last.
     """
     batch, length = elements[0].shape[:2]
     if length == 1:
@@ -102,16 +111,16 @@ def _prefixes(join: Callable[[Pair, Pair], Pair], elements: Pair, nothing: tuple
     size = min(BLOCK, length)
     count = -(-length // size)
 
-    def blocks(x: jax.Array) -> jax.Array:
+    def blocks(x: jax.Array, value: float) -> jax.Array:
         """[B,T,...] -> [size,B,count,...]"""
-        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)), constant_values=value)
         return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 2, 0)
 
-    def token(left: Pair, right: Pair) -> tuple[Pair, Pair]:
+    def token(left: Elements, right: Elements) -> tuple[Elements, Elements]:
         joined = join(left, right)
         return joined, joined
 
-    by_token = tuple(blocks(x) for x in elements)
+    by_token = tuple(blocks(x, value) for x, value in zip(elements, nothing, strict=True))
     first = tuple(x[0] for x in by_token)
     whole, later = lax.scan(token, first, tuple(x[1:] for x in by_token))
     within = tuple(jnp.concatenate([x[None], y]) for x, y in zip(first, later, strict=True))

@@ -14,7 +14,10 @@ def tune_cpu() -> None:
     XLA allocates one scratch buffer a step and frees it. The C library gives it back to the kernel, which hands it out
     again page by page, zeroed: more than half of a small model's step (`benchmarks/step_speed.py`). glibc is asked to keep
     what is freed, whatever its size; it does so for the main thread only, so steps are run there, without asynchronous
-    dispatch. Other C libraries are left alone. Accelerators are not affected.
+    dispatch. Other C libraries are left alone, and so is the memory of accelerators.
+
+    The price: all that the process frees stays with it, large arrays of the host too, and what was freed is too small for
+    shapes that grow, so one growing shape after another can take several times the memory of the largest.
     """
     import jax
 

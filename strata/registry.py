@@ -101,7 +101,7 @@ def implementation(component: Any) -> Callable[..., Any]:
     module, _, attribute = component.implemented_by.partition(":")
     wrong = f"{component.kind} {component.name!r} is registered with implementation = {component.implemented_by!r}; "
     try:
-        found = importlib.import_module(module) if module else None
+        found = importlib.import_module(module) if module and not module.startswith(".") else None
     except ModuleNotFoundError as error:
         # Another module than this or a package of it: a mistake inside, whose traceback says where.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):

@@ -80,6 +80,34 @@ def test_derivatives_of_both_modes_and_of_second_order(float64, length):
     check_grads(lambda keys, weight: running_logsumexp(keys, weight, segments, None)[1:], (keys, weight), order=2, rtol=1e-5)
 
 
+def test_second_derivatives_hold_where_a_sequence_begins_far_below_the_one_before():
+    keys = jnp.concatenate([jnp.full((1, BLOCK + 4, 1, 1), 60.0), jnp.full((1, 9, 1, 1), -60.0)], axis=1)
+
+    def penalty(keys, ends):
+        """Of the sum of squares of z, the squared length of the gradient."""
+        gradient = jax.grad(lambda keys: jnp.sum(running_logsumexp(keys, None, None, jnp.array(ends))[1] ** 2))(keys)
+        return jnp.sum(gradient**2)
+
+    packed = jax.grad(penalty)(keys, [0, BLOCK + 4, BLOCK + 13])
+    apart = [jax.grad(penalty)(part, [0, part.shape[1]]) for part in (keys[:, : BLOCK + 4], keys[:, BLOCK + 4 :])]
+    np.testing.assert_allclose(packed, np.concatenate(apart, axis=1), rtol=1e-4)
+
+
+def test_the_gradient_loses_no_digits_over_many_tokens():
+    keys = np.random.default_rng(5).standard_normal((1, 4000, 1, 8))
+
+    def gradients(dtype):
+        last = lambda keys, weight: jnp.sum(running_logsumexp(keys, weight, None, None)[2])  # noqa: E731
+        found = jax.grad(last, argnums=(0, 1))(jnp.asarray(keys, dtype), jnp.zeros((1, 1, 8), dtype))
+        return [np.asarray(x, np.float64) for x in found]
+
+    found = gradients(jnp.float32)
+    with jax.enable_x64(True):
+        expected = gradients(jnp.float64)
+    for mine, exact in zip(found, expected, strict=True):
+        assert np.linalg.norm(mine - exact) < 2e-6 * np.linalg.norm(exact)
+
+
 def test_keys_of_minus_infinity_have_no_gradient_and_spoil_none(float64):
     keys = keys_of(3 * BLOCK)
     gradient = jax.grad(lambda keys: jnp.sum(jnp.maximum(running_logsumexp(keys, None, None, None)[1], -50)))(jnp.asarray(keys))

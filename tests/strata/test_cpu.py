@@ -8,7 +8,12 @@ import textwrap
 import pytest
 
 PROGRAM = """
+    import ctypes
     import resource
+
+    # Pages of the usual size, whatever the system prefers: a fault may bring a huge one, and hundreds of them look like none.
+    PR_SET_THP_DISABLE = 41
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
     import jax
     import jax.numpy as jnp

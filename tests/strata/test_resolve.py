@@ -302,6 +302,7 @@ def test_a_name_is_registered_once_and_fields_cannot_hide_it():
         ("strata.registry:lookupp", "strata.registry has no 'lookupp'; did you mean 'lookup'"),
         ("strata.registry", "expected 'module:callable'"),
         (":lookup", "expected 'module:callable'"),
+        (".registry:lookup", "expected 'module:callable'"),
     ],
 )
 def test_a_place_with_nothing_in_it_is_told_with_the_part_that_names_it(monkeypatch, place, sentence):
