@@ -203,6 +203,25 @@ def test_a_run_writes_every_number_of_its_rows_to_tensorboard(tiny, tmp_path):
     assert len(rows) == 10 and scalars_in(tmp_path / "run" / "tensorboard") == expected
 
 
+def test_a_full_disk_costs_tensorboard_its_rows_and_the_run_nothing(tiny, tmp_path, monkeypatch, capsys):
+    record_writer = pytest.importorskip("tensorboardX.record_writer", reason="the extra tensorboard is not installed")
+    import trainer
+
+    monkeypatch.setattr(record_writer, "open_file", lambda path: open("/dev/full", "wb"))
+    monkeypatch.setattr(tensorboard, "FLUSH", 0.0)
+    trainer.train(tiny(log__tensorboard=True), tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 10
+    said = capsys.readouterr().err
+    assert said.count("TensorBoardMirror failed") == 1 and "at step 1 and gets no more rows (OSError" in said
+
+
+def test_a_directory_that_tensorboard_cannot_have_is_said_in_a_sentence(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
+    (tmp_path / tensorboard.DIRECTORY).write_text("")
+    with pytest.raises(StrataError, match="tensorboard cannot be written: File exists"):
+        tensorboard.TensorBoardMirror(tmp_path)
+
+
 def test_a_mirror_that_fails_costs_the_run_nothing_and_is_told(no_account, tiny, monkeypatch, capsys):
     import trainer
 
