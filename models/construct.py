@@ -15,6 +15,9 @@ from models.transformer import Transformer
 from strata import ConfigError, resolve, to_tree
 from strata.values import Mismatch, plain
 
+PRNG = "threefry2x32"
+"""Whatever JAX_DEFAULT_PRNG_IMPL says: a seed stands for the same parameters everywhere."""
+
 
 def build(
     model_config: Any,
@@ -43,7 +46,7 @@ def build(
 
     # The key is made inside: an argument placed on one device would clash with a mesh that lacks it.
     def initial() -> Any:
-        return nnx.to_pure_dict(nnx.state(make(jax.random.key(seed))))
+        return nnx.to_pure_dict(nnx.state(make(jax.random.key(seed, impl=PRNG))))
 
     out = parameter_shardings(model, mesh) if mesh is not None else None
     return nnx.merge(nnx.graphdef(model), nnx.State(jax.jit(initial, out_shardings=out)()))
@@ -96,4 +99,4 @@ def _maker(model_config: Any, vocab_size: int, precision: str, remat: str | None
 
 
 def _abstract(make: Any) -> Transformer:
-    return nnx.eval_shape(lambda: make(jax.random.key(0)))
+    return nnx.eval_shape(lambda: make(jax.random.key(0, impl=PRNG)))

@@ -59,6 +59,10 @@ def coerce(value: Any, hint: Any) -> Any:
     if inner is bool and isinstance(value, bool):
         return value
     if inner is str and isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # bytes of a command line or a file name that are not UTF-8
+            raise Mismatch("expected text; this has bytes in it that are not UTF-8") from None
         return value
     if inner in (int, float) and not isinstance(value, (bool, str)) and hasattr(value, "__float__"):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def conclude(loop: Loop, state: Any, evaluation: dict[str, float]) -> None:
             packed = len(lzma.compress(raw, preset=9))
             print(f"xz -9 needs {8 * packed / len(raw):.4f} bits per byte for the same {len(raw):,} bytes as one stream")
     if sample is not None:
-        print(f"\nsample:\n{sample}\n")
+        print(f"\nsample:\n{_printable(sample)}\n")
     path = _shortest(directory.path)
     print(f"run directory  {path}")
     print(f"  metrics      {path / 'metrics.jsonl'}")
@@ -155,9 +156,15 @@ def _sample(loop: Loop, state: Any) -> str | None:
     return config.log.sample + tokenizer.decode(tokens[0])
 
 
+def _printable(text: str) -> str:
+    """With a mark in place of what standard output cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 def _shortest(path: Path) -> Path:
     """Relative to the current directory where it lies below it."""
     try:
         return path.relative_to(Path.cwd())
-    except ValueError:
+    except (ValueError, OSError):  # OSError: the current directory is gone
         return path

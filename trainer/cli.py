@@ -64,7 +64,9 @@ def parse(argv: Sequence[str]) -> Arguments:
                     wrong.append(f"--{name} needs a value: --{name}=...")
                     continue
                 value = rest.pop(0)
-            if values.get(name, value) != value:
+            if name in ("config", "workdir") and not value:
+                wrong.append(f"--{name} is empty")
+            elif values.get(name, value) != value:
                 wrong.append(f"--{name} is given twice, as {values[name]} and as {value}")
             elif name in VALUES:
                 values[name] = value

@@ -184,7 +184,7 @@ def convert(donor: Any, config: Config, out: Path, conversion: Any, seed: int = 
     from trainer.run_directory import RunDirectory
     from trainer.setup import assemble
 
-    if (out / "config.json").exists():
+    if (out / "config.json").exists() or any(out.glob("checkpoints/*")):
         raise ConfigError(f"--out = {str(out)!r} holds a run already; give a new directory")
     setup = assemble(config)
     params, lost = converted_params(donor, setup, conversion, seed)
@@ -195,13 +195,14 @@ def convert(donor: Any, config: Config, out: Path, conversion: Any, seed: int = 
         rows = setup.dataset.train(**setup.share(config.data.batch_size))
         host = {"data": rows.get_state(), "metrics_offset": 0, "config": to_tree(config)}
         rows.close()
-        directory.write_config(configuration.canonical_json(config), {"name": out.name, "converted": record})
         directory.write_environment(describe_environment(modules=config.plugins) | {"data": setup.dataset.description})
         checkpointer = Checkpointer(directory.checkpoints, keep_latest=config.checkpoint.keep_latest)
         checkpointer.save(0, state, host, blocking=True)
         checkpointer.close()
         write_json_atomic(out / "conversion.json", record)
         directory.write_status("preempted", 0, f"converted from {donor.directory} step {donor.step}")
+        # Last, since it makes the directory a run: one without the converted weights would begin from random ones.
+        directory.write_config(configuration.canonical_json(config), {"name": out.name, "converted": record})
     return lost, donor.step
 
 

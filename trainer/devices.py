@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from strata.cpu import tune_cpu
 from trainer.options import Config, Mesh
 
@@ -37,9 +37,19 @@ def start(
     if coordinator or process_count or process_index is not None:
         if not (coordinator and process_count and process_index is not None):
             raise ConfigError("--coordinator, --process_count and --process_index go together")
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise ConfigError(f"--coordinator = {coordinator}: expected HOST:PORT")
+        if process_index >= process_count:
+            raise ConfigError(f"--process_index = {process_index}: the {process_count} processes are numbered from 0")
         jax.distributed.initialize(coordinator, process_count, process_index)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun step; a batch script alone is one process
+    elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "1"):  # of this srun step; a batch script is one process
         jax.distributed.initialize()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS names one that is not there
+        why = f"{error}".splitlines()[0] if f"{error}" else "none of its kind is here"
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise StrataError(f"JAX has no device (JAX_PLATFORMS = {platforms}): {why}") from None
     use_compilation_cache()
 
 

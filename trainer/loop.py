@@ -156,6 +156,8 @@ class Loop:
             stack.push(lambda kind, *_: self.checkpointer.close(quietly=kind is not None))
             stack.callback(gc.unfreeze)
             state, host, done = self._restore()
+            if done < steps:
+                self.setup.teacher  # noqa: B018 (one that is not there claims no directory)
             self._write_first_files(done)
             self.reporter = stack.enter_context(Reporter(self.config, self.directory, self.setup, done, host))
             announce(self, state, done)
@@ -175,7 +177,11 @@ class Loop:
                     f"its state is saved in {self.directory.checkpoints}"
                 )
             self._finished(state, steps)
-            conclude(self, state, evaluation)
+            try:
+                conclude(self, state, evaluation)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.reporter.say(f"warning: the run is finished and saved; what is said at the end could not be ({why})")
         return Result(self.directory.path, steps, evaluation)
 
     # ---- start
@@ -190,10 +196,18 @@ class Loop:
         restored = self.checkpointer.restore(shapes)
         if restored is not None:
             state, host, done = restored.state, restored.host, restored.step
+            if self.directory.read_config() is None:  # lost; the checkpoint knows what it is of
+                self.notes += resume.compare(self.directory.path, configuration.resolve_config(host["config"]), self.config)
         elif self.config.init_from.run is None:
             state, host, done = self.setup.initial_state(self.setup.initial_params()), {}, 0
         else:
             state, host, done = self._donated(shapes)
+        saved = (self.directory.read_status() or {"step": 0})["step"]
+        if restored is None and saved > done:
+            raise StrataError(
+                f"{self.directory.path / 'status.json'} says that step {saved} was saved, and there is no checkpoint in "
+                f"{self.directory.checkpoints}: bring it back, or remove the run directory to begin anew"
+            )
         if done and jax.device_get(state["guard"]["halted"]):
             # Whoever starts a run again that halted on non-finite losses has seen why; it counts anew.
             state |= {"guard": self.setup.put_scalars({"skipped": np.int32(0), "halted": np.bool_(False)})}

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         tensorboard_mirror.rebuild(metrics, run)
         print(f"TensorBoard event files of {run} are rebuilt in {run / tensorboard_mirror.DIRECTORY}")
     if arguments.wandb:
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         wandb_mirror.rebuild(
             metrics,
             run,

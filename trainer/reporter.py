@@ -41,7 +41,7 @@ class Reporter:
         self._lost: list[Any] = []  # mirrors that failed
         self._last_row = done
         self._stack = contextlib.ExitStack()
-        self._profiling = False
+        self._profiling = self._profile_failed = False
         self._profile_directory = str(directory.path / "profile")
         self.timer = self._stack.enter_context(contextlib.closing(Timer()))
         if not processes.first():
@@ -93,19 +93,30 @@ class Reporter:
         """Start or stop the profiler trace that the config asks for, between two steps: the one in flight, which gives
         `state`, is waited for."""
         wanted = self.config.log.profile
-        if wanted and not self._profiling and wanted[0] <= step <= wanted[1]:
+        if wanted and not (self._profiling or self._profile_failed) and wanted[0] <= step <= wanted[1]:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._profile_directory)
-            self._profiling = True
+            try:
+                jax.profiler.start_trace(self._profile_directory)
+                self._profiling = True
+            except Exception as error:
+                self._unprofiled(error)
         elif self._profiling and step > wanted[1]:
             jax.block_until_ready(state)
             self._stop_profiling()
 
     def _stop_profiling(self) -> None:
-        jax.profiler.stop_trace()
         self._profiling = False
         first, last = self.config.log.profile
-        self.say(f"profiler trace of steps {first} to {last} in {self._profile_directory}")
+        try:
+            jax.profiler.stop_trace()
+            self.say(f"profiler trace of steps {first} to {last} in {self._profile_directory}")
+        except Exception as error:
+            self._unprofiled(error)
+
+    def _unprofiled(self, error: Exception) -> None:
+        """No trace is worth a run."""
+        self._profile_failed = True
+        self.say(f"warning: no profiler trace in {self._profile_directory}: {error}".splitlines()[0])
 
     def due(self, step: int) -> bool:
         """Whether a step has a row: the first, every `log.every`-th and the last."""
@@ -204,7 +215,7 @@ class Reporter:
 def _mirror_id(directory: RunDirectory) -> str:
     """The run's id at W&B: drawn once and kept, since directories of one base name are different runs."""
     found = directory.read_json("wandb.json")
-    if found is None:
+    if not (isinstance(found, dict) and isinstance(found.get("id"), str)):
         found = {"id": uuid.uuid4().hex[:12]}
         directory.write_json("wandb.json", found)
     return found["id"]

@@ -12,21 +12,33 @@ NOT_BIT_EXACT = "the run goes on, but not bit for bit as it would have"
 
 
 def check(directory: Path, wanted: Config) -> list[str]:
+    """Compare a config with the one in `config.json`.
+
+    Returns:
+      Notes for the user: defaults added since, and those of `compare`.
+
+    Raises:
+      ConfigError: as `compare`.
+    """
+    loaded = configuration.load(str(directory / "config.json"))
+    return [*loaded.notes, *compare(directory, loaded.config, wanted)]
+
+
+def compare(directory: Path, before: Config, wanted: Config) -> list[str]:
     """Compare a config with the one that a run directory was made with.
 
     Returns:
-      Notes for the user: defaults added since, execution keys that changed, a run that is extended.
+      Notes for the user: execution keys that changed, a run that is extended.
 
     Raises:
       ConfigError: a semantic key differs, with every difference.
     """
-    loaded = configuration.load(str(directory / "config.json"))
-    notes = list(loaded.notes)
-    differences = configuration.compare(loaded.config, wanted)
+    notes = []
+    differences = configuration.compare(before, wanted)
     refused = [str(d) for d in differences if d.key == "semantic" and d.path != "train.steps"]
     steps = next((d for d in differences if d.path == "train.steps"), None)
     if steps is not None:
-        refused += _steps(loaded.config, wanted, steps)
+        refused += _steps(before, wanted, steps)
         if steps.after > steps.before and not refused:
             notes.append(f"the run is extended from {steps.before} to {steps.after} steps")
     if refused:

@@ -62,7 +62,13 @@ class RunDirectory:
         Raises:
           StrataError: another process trains here (it is named), or the directory cannot be made or written.
         """
-        key = self.path.resolve()
+        try:
+            str(self.path).encode()
+            key = self.path.resolve()
+        except (UnicodeEncodeError, OSError, RuntimeError):  # RuntimeError: links in a circle
+            raise StrataError(
+                f"{str(self.path)!r} cannot be a run directory: its name is not UTF-8, or its links lead nowhere"
+            ) from None
         if key in _claimed:
             raise StrataError(f"{self.path} is already in use by this process")
         try:
@@ -181,7 +187,13 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any] | None:
         """The content of `status.json`, None if there is none."""
-        return self.read_json("status.json")
+        status = self.read_json("status.json")
+        whole = status is None or (
+            isinstance(status, dict) and status.get("state") in STATES and isinstance(status.get("step"), int)
+        )
+        if not whole:
+            raise StrataError(f"{self.path / 'status.json'} is damaged: it has no state, or no step")
+        return status
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces a JSON file of the run atomically.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.construct import PRNG
 from strata import ConfigError
 
-COLDEST = 1e-30
-"""Temperature above 0 at which logits stay finite in float32; 0 means what lies below."""
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures between which logits stay finite in float32; 0 means what lies below."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Sampling:
     top_p: float | None = None  # keep the fewest most likely tokens whose probabilities reach this
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
-            raise ConfigError(f"temperature = {self.temperature}: expected 0, or a finite number from {COLDEST:g} on")
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise ConfigError(f"temperature = {self.temperature}: expected 0, or a number from {COLDEST:g} to {HOTTEST:g}")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k}: expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -101,7 +101,7 @@ def generate(
     start = np.array([longest - len(prompt) for prompt in prompts], np.int32)
     graph, state = nnx.split(model)
     run = jax.jit(functools.partial(_generate, graph, count, sampling, tuple(banned), depth))
-    return np.asarray(run(state, jnp.asarray(padded), jnp.asarray(start), jax.random.key(seed)))
+    return np.asarray(run(state, jnp.asarray(padded), jnp.asarray(start), jax.random.key(seed, impl=PRNG)))
 
 
 def never(vocab_size: int, banned: Sequence[int]) -> np.ndarray:

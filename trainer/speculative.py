@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.construct import PRNG
 from models.transformer import depth_options
 from strata import ConfigError
 from trainer.sampling import Sampling, draw, never, probabilities
@@ -99,7 +100,7 @@ def speculate(
     go_on = jax.jit(functools.partial(_round, *static, drafts, rewinds), donate_argnums=1)
     seen, found = Drafts(), []
     for number, prompt in enumerate(prompts):
-        key = jax.random.fold_in(jax.random.key(seed), number)
+        key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), number)
         cache, last = begin(state, jnp.asarray(prompt, jnp.int32)[None], jax.random.fold_in(key, 0))
         out = [int(last)]
         while len(out) < count:

@@ -84,10 +84,9 @@ class Attention(nnx.Module):
     def step(self, x: jax.Array, shared: dict[str, Any], cache: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         """[B, n, width] and this layer's cache -> [B, n, width] and the cache with n more positions."""
         q, k, v = self._project(x, shared["rotary"])
-        place = (0, shared["index"], 0, 0)
         cache = {
-            "key": jax.lax.dynamic_update_slice(cache["key"], k.astype(cache["key"].dtype), place),
-            "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), place),
+            name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), shared["index"], axis=1)
+            for name, x in (("key", k), ("value", v))
         }
         return self._attend(q, cache["key"], cache["value"], shared["mask"], decode=True), cache
 

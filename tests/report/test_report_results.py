@@ -1,6 +1,7 @@
 """From run directories to a report: pairs, failures, other code, unfinished sweeps, changed rules, comparisons."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,12 @@ def test_a_directory_of_runs_is_grouped_by_what_differs_and_claims_nothing(plant
     results = read_results("runs")
     assert sorted(arm.name for arm in results.arms) == ["small learning_rate=0.01", "small learning_rate=0.5"]
     assert len(results.records) == 10 and not analyse(results).verdicts
+    twice = sorted(path for path in (planted.root / "runs").glob("small-*") if path.is_dir())[0]
+    shutil.copytree(twice, twice.with_name("small-again"))
+    with pytest.raises(
+        ConfigError, match=f"{twice.name} and small-again in runs are one run, of seed ., which would count twice"
+    ):
+        read_results("runs")
     (planted.root / "empty").mkdir()
     with pytest.raises(ConfigError, match="neither a sweep"):
         read_results("empty")

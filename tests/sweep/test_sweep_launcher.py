@@ -18,6 +18,7 @@ from trainer.sweep import Arm, Claim, Experiment, Rule, RunOf, Tuning, axis
 from trainer.sweep.display import Display, status_lines
 from trainer.sweep.launcher import Launcher
 from trainer.sweep.ledger import by_run
+from trainer.sweep.outcome import outcome
 from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan
 from trainer.sweep.reading import Source
@@ -298,6 +299,56 @@ def _lines(sweep):
         return [json.loads(line) for line in (sweep.place.runs / "times.jsonl").read_text().splitlines()]
     except OSError:
         return []
+
+
+# ---- runs that another sweep has in its plan, too
+
+
+@pytest.fixture
+def other(acted):
+    """A function that has another process train a run of a sweep from now on."""
+
+    def start(sweep, run):
+        sweep.place.write_config(run)
+        directory = sweep.place.directory(run)
+        child = subprocess.Popen(sweep.place.command(run), env=os.environ | {"ACTOR_WORD": "crawl"})
+        while outcome(directory, run.steps).state != "running":
+            time.sleep(0.02)
+        return child
+
+    return start
+
+
+def test_a_run_that_another_sweep_begins_meanwhile_is_waited_for_and_not_failed(other, monkeypatch):
+    sweep = students()
+    begun = []
+    fill = Launcher._fill
+
+    def late(self, waiting):
+        if not begun:  # after it was seen that nobody is at it
+            begun.append(other(sweep, next(run for run in sweep.plan().runs if run.arm == "donor" and run.seed == 0)))
+        fill(self, waiting)
+
+    monkeypatch.setattr(Launcher, "_fill", late)
+    assert sweep.launch(slots=2) == 0 and begun[0].wait(30) == 0
+    assert ("donor", 0) not in sweep.starts() and {end for *_, end in sweep.ends()} == {"finished"}
+    assert "another process is at it" in sweep.output.getvalue()
+
+
+def test_nor_is_one_that_another_sweep_was_faster_to_lock(other, monkeypatch):
+    sweep = Sweep()
+    begun = []
+    start = Launcher._start
+
+    def late(self, run, slot):
+        if not begun:
+            begun.append(other(sweep, run))
+        start(self, run, slot)
+
+    monkeypatch.setattr(Launcher, "_start", late)
+    assert sweep.launch(retries=0) == 0 and begun[0].wait(30) == 0
+    ends = [end for *_, end in sweep.ends()]
+    assert ends.count("finished") == 4 and "failed" not in ends
 
 
 # ---- runs that start from other runs

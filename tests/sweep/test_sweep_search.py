@@ -60,6 +60,13 @@ def test_it_finds_the_planted_optimum_and_leaves_a_sweep_that_can_be_reported(op
     assert all(outcome(path, 20).state == "finished" for path in Path("runs").glob("small-*") if path.is_dir())
 
 
+def test_trials_at_one_point_share_its_run_although_it_is_under_way(optuna, launch):
+    code, study, there, output = launch(search(space={"model.layers": Whole(1, 2)}, trials=6), slots=3)
+    assert code == 0 and study.counts() == {"complete": 6}
+    starts = [row["run"] for row in there.ledger.rows() if row["event"] == "start"]
+    assert len(starts) == len(set(starts)) == 2 and "which is under way" in output and len(study.points()) <= 6
+
+
 def test_a_bad_trial_is_stopped_by_its_curve(optuna, launch, monkeypatch):
     monkeypatch.setenv("ACTOR_WORD", "crawl")
     code, study, there, output = launch(search(config="small.py:12", prune=True, trials=7, startup=2), slots=2)

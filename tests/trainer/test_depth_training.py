@@ -12,9 +12,10 @@ import pytest
 
 import optim
 import trainer
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from trainer import config as configuration
 from trainer import convert, evaluate, generate
+from trainer.checkpoint import Checkpointer
 from trainer.metrics import read_metrics
 from trainer.setup import assemble
 from trainer.step import initial_state, train_step
@@ -132,6 +133,23 @@ def test_a_run_can_convert_its_donor_itself(donor, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=sentence):
             trainer.train(config | changes, tmp_path / "wrong")
+
+
+def test_a_conversion_that_is_cut_short_leaves_nothing_that_trains_from_random_weights(donor, tmp_path, monkeypatch):
+    out, arguments = tmp_path / "out", ["--run", str(donor), "--out", str(tmp_path / "out"), "--loops", "2"]
+
+    def full(*_, **__):
+        raise StrataError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "save", full)
+        with pytest.raises(StrataError, match="No space left"):
+            convert.main(arguments)
+    assert not (out / "config.json").exists()
+    convert.main(arguments)
+    (out / "config.json").unlink()
+    with pytest.raises(ConfigError, match="holds a run already"):  # its checkpoint is another's
+        convert.main(arguments)
 
 
 def test_conversion_refuses_with_the_reason_and_leaves_nothing(donor, tmp_path):

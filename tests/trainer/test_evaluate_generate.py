@@ -262,6 +262,13 @@ def test_greedy_text_is_the_most_likely_token_of_the_full_forward_every_time(ope
         assert (logits[np.arange(12), row] > logits.max(-1) - 1e-4).all()
 
 
+def test_with_64_bit_types_enabled_the_same_tokens_are_drawn(opened):
+    asked = {"sampling": Sampling(temperature=0)}
+    expected = generate(opened.model, PROMPTS, 6, **asked)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(generate(opened.model, PROMPTS, 6, **asked), expected)
+
+
 def test_prompts_of_different_lengths_do_not_see_each_other_or_the_padding(opened):
     together = generate(opened.model, PROMPTS, 10, sampling=Sampling(temperature=0))
     for prompt, row in zip(PROMPTS, together, strict=True):
@@ -316,10 +323,11 @@ def test_without_a_number_of_tokens_the_context_is_filled_after_the_longest_prom
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--temperature", "-1"], "temperature = -1.0: expected 0, or a finite number from 1e-30 on"),
-        (["--temperature", "nan"], "temperature = nan: expected 0, or a finite number from 1e-30 on"),
-        (["--temperature", "inf"], "temperature = inf: expected 0, or a finite number from 1e-30 on"),
-        (["--temperature", "1e-50"], "temperature = 1e-50: expected 0, or a finite number from 1e-30 on"),
+        (["--temperature", "-1"], "temperature = -1.0: expected 0, or a number from 1e-30 to 1e.30"),
+        (["--temperature", "nan"], "temperature = nan: expected 0, or a number from 1e-30 to 1e.30"),
+        (["--temperature", "inf"], "temperature = inf: expected 0, or a number from 1e-30 to 1e.30"),
+        (["--temperature", "1e-50"], "temperature = 1e-50: expected 0, or a number from 1e-30 to 1e.30"),
+        (["--temperature", "1e38"], "temperature = 1e.38: expected 0, or a number from 1e-30 to 1e.30"),
         (["--prompt", "caf\udce9"], "prompt 'caf.*' holds bytes that are not UTF-8"),
         (["--top_p", "nan"], "top_p = nan: expected above 0, at most 1"),
         (["--top_p", "1.5"], "top_p = 1.5: expected above 0, at most 1"),

@@ -126,9 +126,10 @@ def test_rows_of_changing_shape_and_undefined_values_are_drawn(tmp_path, matplot
         writer.write({"step": 1, "split": "diagnostics", "stream": {"rms": [1.0, 2.0]}, "gone": {"x": [1.0]}})
         writer.write({"step": 2, "split": "diagnostics", "stream": {"rms": [1.0, None, 3.0]}, "spread": {"a": [None, None]}})
         writer.write({"step": 3, "split": "diagnostics", "stream": {"rms": [1.0, 2.0, 900.0]}})
-        writer.write({"step": 4, "split": "diagnostics", "heads": [[1.0, None], [-1.0, 2.0]]})
+        writer.write({"step": 4, "split": "diagnostics", "heads": [[1.0, None], [-1.0, 2.0]], "growth": 2.0})
+        writer.write({"step": 5, "split": "diagnostics", "growth": None})  # a run that diverges
     drawn = {picture.name: picture for picture in pictures(inspect.recorded(tmp_path))}
-    assert set(drawn) == {"stream.rms", "gone.x", "spread.a", "heads", "heads.last"}
+    assert set(drawn) == {"stream.rms", "gone.x", "spread.a", "heads", "heads.last", "growth"}
     assert drawn["gone.x"].title == "gone: x"
 
 

@@ -51,8 +51,8 @@ def read(text: str) -> tuple[dict[str, Any], Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"config file {path} is not JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds {type(tree).__name__}, not a config")

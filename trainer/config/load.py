@@ -106,7 +106,7 @@ def _name(path: Path, archived: bool) -> str:
     if not archived:
         return path.stem
     try:
-        return json.loads((path.parent / "overrides.json").read_text())["name"]
+        return json.loads((path.parent / "overrides.json").read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return path.parent.name if path.name == "config.json" else path.stem
 

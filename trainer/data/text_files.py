@@ -93,7 +93,7 @@ def _json_lines(path: Path, field: str, on_read: Callable[[int], None]) -> Itera
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number} is not JSON: {error}") from None
             text = row.get(field) if isinstance(row, dict) else None
             if not isinstance(text, str):

@@ -127,6 +127,8 @@ class HuggingFaceTokenizer:
             if added.special
             for token in [added.content]
         }
+        if not vocabulary:
+            raise DataError(f"{path} is a tokenizer without a single token")
         ids = max(vocabulary.values()) + 1
         known = [self._special[token] for token in SEPARATORS if token in self._special]
         self.separator = known[0] if known else ids
@@ -165,7 +167,11 @@ class HuggingFaceTokenizer:
 
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Token ids of every text, in parallel."""
-        encoded = self._model.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        words = [text.decode() for text in texts]
+        try:
+            encoded = self._model.encode_batch_fast(words, add_special_tokens=False)
+        except Exception as error:  # the library has no other: a word that is unknown to a model without a token for it
+            raise DataError(f"the tokenizer {self.name} cannot encode this text: {error}") from None
         return [np.array(item.ids, dtype(self.vocab_size)) for item in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

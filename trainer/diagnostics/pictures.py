@@ -98,8 +98,10 @@ def require_matplotlib() -> None:
 
 def _at(tree: Any, path: tuple[str, ...]) -> np.ndarray | None:
     for name in path:
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return None if tree is None else np.array(tree, float)
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return np.array(tree, float)  # null, which stands for a number that is not finite, becomes NaN
 
 
 def _of_values(diagnostic: str, path: tuple[str, ...], steps: Sequence[int], values: np.ndarray) -> Iterator[Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -11,6 +12,9 @@ from typing import Any, TextIO
 
 class Console:
     """Shows rows of metrics. It draws at most four times a second, from the caller's thread, and starts no other.
+
+    Where nobody can be shown anything any more (a terminal that is gone, a pipe without a reader, a full disk under a log), it
+    falls silent: no run ends for that.
 
     Args:
       steps: updates in the whole run.
@@ -33,7 +37,8 @@ class Console:
     ):
         self._steps = steps
         self._file = file or sys.stderr
-        self._terminal = self._file.isatty() if terminal is None else terminal
+        self._gone = self._file is None  # a process that was started without a standard error
+        self._terminal = not self._gone and (self._file.isatty() if terminal is None else terminal)
         self._interval = 0.25 if self._terminal else interval
         self._clock = clock
         self._shown = -math.inf
@@ -58,16 +63,17 @@ class Console:
     def say(self, text: str) -> None:
         """Prints a line that stays on the screen, above the live one."""
         if self._progress:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._draw(lambda: self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True))
         else:
-            print(text, file=self._file, flush=True)
+            self._draw(lambda: print(text, file=self._file, flush=True))
 
     def close(self) -> None:
         """Shows the last row if it was not shown yet, and leaves the terminal as it was; may be called twice."""
         if self._pending:
             self._show(self._clock())
         if self._progress:
-            self._progress.stop()
+            with contextlib.suppress(OSError, ValueError):  # it also gives standard output and standard error back
+                self._progress.stop()
             self._progress = None
 
     def __enter__(self) -> Console:
@@ -101,9 +107,17 @@ class Console:
         text = self.line(self._row, now)
         if self._progress:
             self._progress.update(self._task, completed=self._row["step"], description=text)
-            self._progress.refresh()
+            self._draw(self._progress.refresh)
         else:
-            print(text, file=self._file, flush=True)
+            self._draw(lambda: print(text, file=self._file, flush=True))
+
+    def _draw(self, how: Callable[[], None]) -> None:
+        if self._gone:
+            return
+        try:
+            how()
+        except (OSError, ValueError):  # ValueError: the file was closed
+            self._gone = True
 
     def _live(self, start: int) -> Any:
         from rich.console import Console as Screen
@@ -115,7 +129,7 @@ class Console:
         # No refresh thread: it would take the interpreter lock from the training loop ten times a second.
         progress = Progress(BarColumn(bar_width=20), text, console=screen, auto_refresh=False)
         self._task = progress.add_task("starting ...", total=self._steps, completed=start)
-        progress.start()
+        self._draw(progress.start)
         return progress
 
 

@@ -360,6 +360,13 @@ def _of_directory(path: Path) -> Results:
             name += "'"
         taken.add(name)
         arms.append(Arm(name))
+        by_seed: dict[int, Path] = {}
+        for seed, directory, _ in members:
+            if by_seed.setdefault(seed, directory) != directory:
+                both = f"{by_seed[seed].name} and {directory.name}"
+                raise ConfigError(
+                    f"{both} in {path} are one run, of seed {seed}, which would count twice: move one of them away"
+                )
         for seed, directory, config in sorted(members, key=lambda member: (member[0], str(member[1]))):
             steps = config.get("train", {}).get("steps", 0)
             data = config.get("data", {})

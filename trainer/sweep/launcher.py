@@ -220,6 +220,8 @@ class Launcher:
                 if found.state == "finished":
                     self.ready.add(name)
                     continue
+                if found.state == "running":
+                    continue
                 waiting.remove(run)
                 failed.add(run.directory)
                 self._end(run, Outcome("failed", 0, f"the run that it starts from, {name}, is {found.state}"), None)
@@ -281,7 +283,14 @@ class Launcher:
             if run is None:
                 return
             waiting.remove(run)
-            self._start(run, slot)
+            if outcome(self.place.directory(run), run.steps).state == "running":  # another sweep has it in its plan, too
+                self._leave(run)
+            else:
+                self._start(run, slot)
+
+    def _leave(self, run: Run) -> None:
+        self.foreign[run.directory] = run, None
+        self.display.say(f"{run.title}: another process is at it; waiting for that one")
 
     def _start(self, run: Run, slot: Slot) -> None:
         self.place.write_config(run)
@@ -305,6 +314,11 @@ class Launcher:
         if entry.stopped is not None and not entry.late:  # we are stopping
             self.interrupted += 1
             self._end(run, found, code, seconds)
+            return False
+        if found.state == "running":  # another process was faster
+            self.attempts[run.directory] -= 1
+            self._end(run, Outcome("preempted", found.step, "another process is at it"), code, seconds, again=True)
+            self._leave(run)
             return False
         if found.step > entry.step:
             self.attempts[run.directory] = 0  # it got further, so trying again is no endless loop

@@ -98,7 +98,7 @@ class SearchLauncher(Launcher):
         """
         self.file = self.place.path / "experiment.py"
         self.metric, self.study, self.options = search.metric, study, search
-        self.numbers: dict[str, int] = {}  # trial of each run that is under way
+        self.numbers: dict[str, list[int]] = {}  # trials of each run that is under way: a point may be proposed again
         self.pruned: set[str] = set()
         self.seen: dict[str, int] = {}  # the last step of a curve that the study knows
         with self.stop, self.display, self._no_orphans():
@@ -119,7 +119,7 @@ class SearchLauncher(Launcher):
                 self.active.remove(done)
                 if self._reap(done, failed):
                     waiting.insert(0, done.run)
-                elif not stopping or done.run.directory in self.pruned:
+                elif done.run.directory not in self.foreign and (not stopping or done.run.directory in self.pruned):
                     self._tell(done.run)
             for entry in self.active:
                 self._watch(entry)
@@ -131,7 +131,7 @@ class SearchLauncher(Launcher):
                 self._stop_all()
             else:
                 self._check_time()
-                while len(self.active) + len(waiting) + len(self.foreign) < len(self.slots):
+                while sum(map(len, self.numbers.values())) < len(self.slots):
                     run = self._propose()
                     if run is None:
                         break
@@ -148,7 +148,10 @@ class SearchLauncher(Launcher):
             time.sleep(POLL)
 
     def _propose(self) -> Run | None:
-        """The run of the next trial that has to be run; trials whose run is there already are told at once."""
+        """The run of the next trial that has to be run; None where there is none, or the next is at work for an earlier trial.
+
+        Trials whose run is there already are told at once.
+        """
         while (asked := self.study.ask()) is not None:
             number, point = asked
             try:
@@ -157,7 +160,12 @@ class SearchLauncher(Launcher):
                 self.display.say(f"trial {number} {point} is no valid config: {error}")
                 self.study.refuse(number)
                 continue
-            self.numbers[run.directory] = number
+            self.numbers.setdefault(run.directory, []).append(number)
+            if len(self.numbers[run.directory]) > 1:
+                self.display.say(
+                    f"trial {number} is at the point of trial {self.numbers[run.directory][0]}, which is under way"
+                )
+                return None
             if not outcome(self.place.directory(run), run.steps).ended:
                 return run
             self._tell(run)
@@ -170,20 +178,20 @@ class SearchLauncher(Launcher):
         if row is None or self.metric.name not in row or row["step"] <= self.seen.get(run.directory, 0):
             return
         self.seen[run.directory] = row["step"]
-        worse = self.study.watch(self.numbers[run.directory], row["step"], float(row[self.metric.name]))
-        if worse and row["step"] < run.steps and entry.stopped is None:
+        value = float(row[self.metric.name])
+        worse = [self.study.watch(number, row["step"], value) for number in self.numbers[run.directory]]
+        if all(worse) and row["step"] < run.steps and entry.stopped is None:
             self.pruned.add(run.directory)
             self.display.say(f"pruned {run.title} at step {row['step']:,}")
             self._ask(entry)
 
     def _tell(self, run: Run) -> None:
-        number = self.numbers.pop(run.directory)
-        found = outcome(self.place.directory(run), run.steps)
+        found, value = outcome(self.place.directory(run), run.steps), None
         if found.state == "finished":
             rows = read_metrics(self.place.directory(run) / "metrics.jsonl")
-            self.study.tell(number, outcomes.value(rows, self.metric, found.extended_from(run.steps)))
-        else:
-            self.study.tell(number, None, pruned=run.directory in self.pruned)
+            value = outcomes.value(rows, self.metric, found.extended_from(run.steps))
+        for number in self.numbers.pop(run.directory):
+            self.study.tell(number, value, pruned=found.state != "finished" and run.directory in self.pruned)
 
     def _keep(self) -> None:
         """Write the trials down as an experiment that `trainer.report` reads."""
