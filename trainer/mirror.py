@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", choices=("auto", "offline", "online"), default=None, help="rebuild the W&B mirror")
     parser.add_argument("--tensorboard", action="store_true", help="rebuild the TensorBoard event files")
     arguments = parser.parse_args(argv)
-    from strata import ConfigError
+    from strata import ConfigError, to_tree
+    from trainer import config as configuration
     from trainer.metrics import tensorboard_mirror, wandb_mirror
 
     run, metrics = arguments.run, arguments.run / "metrics.jsonl"
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         tensorboard_mirror.rebuild(metrics, run)
         print(f"TensorBoard event files of {run} are rebuilt in {run / tensorboard_mirror.DIRECTORY}")
     if arguments.wandb:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = to_tree(configuration.load(str(run / "config.json")).config)
         wandb_mirror.rebuild(
             metrics,
             run,

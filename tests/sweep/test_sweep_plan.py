@@ -14,7 +14,7 @@ from trainer import config as configuration
 from trainer.sweep import Arm, Claim, Experiment, Metric, Rule, RunOf, Scale, Tuning, axis, product, seeds
 from trainer.sweep.experiment import check, expanded_arms
 from trainer.sweep.plan import make_plan
-from trainer.sweep.reading import Source, read, split_values
+from trainer.sweep.reading import Source, read, read_search, split_values
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = "optimizer.direction.learning_rate"
@@ -240,6 +240,33 @@ def test_arguments_of_a_scale_are_under_those_of_a_measurement(place):
     finally:
         sys.path.remove(str(place))
     assert json.loads(found.runs[0].config)["arguments"] == {"size": 2, "count": 3} and "count" not in found.runs[1].config
+
+
+def test_a_change_of_configs_that_no_run_has_is_refused(place, monkeypatch):
+    (place / "measured.py").write_text("def f(run, *, size):\n    pass\n")
+    monkeypatch.syspath_prepend(place)
+    arms = [Arm("m", {"size": 2}, measure="measured:f")]
+    with pytest.raises(ConfigError, match=r"--config\.size changes the configs of runs that train, and all of these are meas"):
+        plan(experiment(arms=arms), changes=[("size", "3")])
+    assert len(plan(experiment(arms=[*arms, Arm("a")]), changes=[(RATE, "0.1")]).runs) == 4
+
+
+@pytest.mark.parametrize("edit", ["raise SystemExit", "", None])
+def test_a_config_that_is_edited_while_a_sweep_runs_changes_nothing_of_it(place, edit):
+    source = Source(experiment(), Path("experiment.py"), "")
+    before = make_plan(source, "smoke").runs
+    config = place / "small.py"
+    config.write_text(config.read_text().replace("width=8", "width=16") if edit is None else edit)
+    assert make_plan(source, "smoke").runs == before
+    if edit is None:
+        assert plan(experiment()).runs != before
+
+
+@pytest.mark.parametrize("name", ["get_experiment", "get_search"])
+def test_a_file_that_is_not_utf_8_is_said_in_a_sentence(place, name):
+    Path("latin.py").write_bytes(f"# caf\xe9\ndef {name}():\n    pass\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.py is not UTF-8: .* at byte 5"):
+        (read if name == "get_experiment" else read_search)("latin.py")
 
 
 def test_a_claim_may_be_of_one_scale_and_must_read_a_step_that_is_evaluated(place):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from trainer.sweep import Among, LogUniform, Metric, Search, Uniform, Whole
 from trainer.sweep.display import Display
 from trainer.sweep.outcome import outcome
@@ -65,6 +65,19 @@ def test_trials_at_one_point_share_its_run_although_it_is_under_way(optuna, laun
     assert code == 0 and study.counts() == {"complete": 6}
     starts = [row["run"] for row in there.ledger.rows() if row["event"] == "start"]
     assert len(starts) == len(set(starts)) == 2 and "which is under way" in output and len(study.points()) <= 6
+
+
+def test_a_journal_that_was_cut_short_loses_its_last_line_and_a_damaged_one_is_named(optuna, launch):
+    code, study, there, _ = launch(search(trials=3))
+    assert code == 0 and study.counts() == {"complete": 3}
+    journal = there.path / "optuna.journal"
+    journal.write_bytes(journal.read_bytes()[:-30])
+    code, study, _, _ = launch(search(trials=4))
+    assert code == 0 and study.counts()["complete"] >= 3
+    for content in (b"garbage\n", b"[1]\n", journal.read_bytes().replace(b'"op_code"', b'"oops"', 1)):
+        journal.write_bytes(content)
+        with pytest.raises(StrataError, match=r"optuna\.journal cannot be read"):
+            launch(search(trials=4))
 
 
 def test_a_bad_trial_is_stopped_by_its_curve(optuna, launch, monkeypatch):

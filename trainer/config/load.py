@@ -28,17 +28,23 @@ class Loaded:
     overrides: tuple[tuple[str, str], ...]
 
 
-def load(source: str, changes: Sequence[tuple[str, str]] = ()) -> Loaded:
+def load(
+    source: str, changes: Sequence[tuple[str, str]] = (), kept: dict[str, tuple[dict[str, Any], Path]] | None = None
+) -> Loaded:
     """Read, override and check a config.
 
     Args:
       source: `FILE[:ARG]`, a `.py` file with `get_config` or a run's own `config.json`.
       changes: `(dotted path, text)` pairs from the command line.
+      kept: what files held when they were first read, by source: they are read once, and that holds.
 
     Raises:
       ConfigError: with every mistake found.
     """
-    tree, path = files.read(source)
+    kept = {} if kept is None else kept
+    if source not in kept:
+        kept[source] = files.read(source)
+    tree, path = kept[source]
     archived = path.suffix == ".json"
     if archived and (path.parent / "environment.json").is_file():
         _import_nothing_from(path.parent)

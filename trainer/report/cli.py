@@ -58,10 +58,13 @@ def write(report: Report, out: Path, comparison: Comparison | None = None) -> li
     from trainer.report import markdown, page
 
     drawings = draw(report)
-    shutil.rmtree(out / "figures", ignore_errors=True)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    figures = out / "figures.new"  # a disk that is full must not cost those that are there
+    shutil.rmtree(figures, ignore_errors=True)
+    figures.mkdir(parents=True)
     for drawing in drawings:
-        write_bytes_atomic(out / "figures" / f"{drawing.name}.svg", drawing.svg.encode())
+        write_bytes_atomic(figures / f"{drawing.name}.svg", drawing.svg.encode())
+    shutil.rmtree(out / "figures", ignore_errors=True)
+    figures.rename(out / "figures")
     write_bytes_atomic(out / "report.md", markdown.render(report, drawings, comparison).encode())
     write_bytes_atomic(out / "report.html", page.render(report, drawings, comparison).encode())
     write_bytes_atomic(curves_beside(out / "report.json"), curves(report.results).encode())

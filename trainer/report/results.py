@@ -182,7 +182,7 @@ def _of_sweep(path: Path) -> Results:
     plan = read_plan(path)
     results = of_plan(plan, Place(path.resolve().parent.parent, path.resolve().name))
     file = plan.source.path
-    if file.is_file() and file.read_text() != plan.source.text:
+    if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != plan.source.text:
         results.notes.append(f"{file} has changed since the sweep was last started; this report goes by what it was then")
     return results
 
@@ -213,7 +213,8 @@ def of_plan(plan: Plan, place: Place) -> Results:
     untested = [claim.statement for claim in plan.claims if not {claim.arm, claim.against} <= here]
     if plan.changes:
         changed = ", ".join(f"{path} = {text}" for path, text in plan.changes)
-        notes.append(f"every run was changed on the command line: {changed}")
+        which = "every run that trains" if any(arm.measure is not None for arm in plan.arms) else "every run"
+        notes.append(f"{which} was changed on the command line: {changed}")
     if plan.source.axes:
         given = ", ".join(f"--sweep.{path}={text}" for path, text in plan.source.axes)
         notes.append(f"seeds or axes were given on the command line, not by the file: {given}")

@@ -167,6 +167,8 @@ def make_plan(
         arms = [arm for arm in arms if arm.name in only]
     if not arms:
         raise ConfigError(f"{experiment.name} runs no arm at scale {scale_name}, so the sweep would be empty")
+    if changes and all(arm.measure is not None for arm in arms):
+        raise ConfigError(f"--config.{changes[0][0]} changes the configs of runs that train, and all of these are measurements")
     missing: dict[tuple[str, str, str], tuple[Problem, list[str]]] = {}
     runs: list[tuple[tuple[int, ...], Run]] = []
     choices, notes, later, waiting = [], {}, 0, []
@@ -283,7 +285,7 @@ def _runs(
         together = folded(layered(scale.changes, own, dict(changes)))
         texts = [(path, as_text(value)) for path, value in together.items()]
         if loaded is None or before:  # otherwise the seed alone is another
-            loaded = configuration.load(file, [*texts, ("seed", str(seed))])
+            loaded = configuration.load(file, [*texts, ("seed", str(seed))], source.configs)
         for note in loaded.notes:
             if arm.name not in (names := notes.setdefault(note, [])):
                 names.append(arm.name)

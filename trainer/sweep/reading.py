@@ -8,6 +8,7 @@ import traceback
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from strata import ConfigError
 from strata.values import read_literal
@@ -24,6 +25,7 @@ class Source:
     path: Path
     text: str  # of the file
     axes: tuple[tuple[str, str], ...] = ()  # from the command line
+    configs: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # files that were read
 
     def config_file(self, name: str) -> str:
         """A config file that the experiment names: from here, from beside it, or from the directory above it."""
@@ -50,7 +52,7 @@ def read(file: str, axes: Sequence[tuple[str, str]] = (), *, text: str | None = 
         raise ConfigError(f"experiment file {file} does not exist")
     if path.suffix != ".py":
         raise ConfigError(f"experiment file {file} is not a .py file with get_experiment()")
-    text = path.read_text() if text is None else text
+    text = _text(path) if text is None else text
     found = _load(path, text)
     spaces = [_axis(name, split_values(values)) for name, values in axes]
     if isinstance(found, Experiment):
@@ -125,10 +127,17 @@ def read_search(file: str) -> Search:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"search file {file} does not exist")
-    found = _call(path, path.read_text(), "get_search")
+    found = _call(path, _text(path), "get_search")
     if not isinstance(found, Search):
         raise ConfigError(f"get_search in {path} returned {type(found).__name__}, not a Search")
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _load(path: Path, text: str) -> Experiment | None:

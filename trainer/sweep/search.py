@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strata import ConfigError
+from strata import ConfigError, StrataError
 from strata.values import plain
 from trainer.sweep.experiment import Metric
 
@@ -110,6 +110,15 @@ def _positive(of: Any) -> str:
     return ", both above 0" if isinstance(of, LogUniform) else ""
 
 
+def _drop_torn_line(journal: Path) -> None:
+    """A last line that a kill or a full disk cut short; the caller holds the directory."""
+    if journal.is_file():
+        with open(journal, "r+b") as file:
+            content = file.read()
+            if not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+
+
 class Study:
     """Optuna's side: proposes, is told, remembers in `optuna.journal`.
 
@@ -125,11 +134,19 @@ class Study:
             raise ConfigError("a search needs Optuna: pip install 'strata-lm[sweep]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directory.mkdir(parents=True, exist_ok=True)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(directory / "optuna.journal")))
         self.search, self.states = search, optuna.trial.TrialState
         direction = "minimize" if search.metric.lower_is_better else "maximize"
-        self.study = optuna.create_study(storage=storage, study_name=search.name, direction=direction, load_if_exists=True)
-        known = self.study.get_trials(deepcopy=False)
+        journal = directory / "optuna.journal"
+        try:
+            _drop_torn_line(journal)
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+            self.study = optuna.create_study(storage=storage, study_name=search.name, direction=direction, load_if_exists=True)
+            known = self.study.get_trials(deepcopy=False)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise StrataError(
+                f"{journal} cannot be read ({why}); without it the search begins anew, and no run that is there is made again"
+            ) from None
         self._refuse_another(directory)
         # A sampler that began from the same state again would propose the same points again.
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=search.startup, seed=search.sampler_seed + len(known))
