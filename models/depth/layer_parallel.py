@@ -92,9 +92,8 @@ class LayerParallel:
             # One sign vector for all layers, as in the released code, and for all tokens: where a token stands in an array,
             # packed, padded or alone in a decoding step, must not change what becomes of it. The probe moves all tokens of a
             # call, so that the slope has what earlier ones do in it.
-            signs = jax.random.rademacher(jax.random.key(0, impl="threefry2x32"), inputs.shape[3:], jnp.float32)[
-                None, None, None
-            ]
+            key = jax.random.key(0, impl="threefry2x32")
+            signs = jax.random.rademacher(key, inputs.shape[3:], jnp.float32)[None, None, None]
             probed = corrections.probed(inputs, signs, option.probe_length(inputs.dtype))
             return corrections.diagonal(results, inputs, layers.every(probed)[0], probed, option.probe_limit)
         return corrections.exact(layers.one, results, inputs)
