@@ -6,6 +6,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,6 +97,8 @@ class Reporter:
         if wanted and not (self._profiling or self._profile_failed) and wanted[0] <= step <= wanted[1]:
             jax.block_until_ready(state)
             try:
+                # First, since JAX looks only when the trace ends, and would hold on to one that it cannot write.
+                Path(self._profile_directory).mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(self._profile_directory)
                 self._profiling = True
             except Exception as error:
