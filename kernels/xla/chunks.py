@@ -51,10 +51,9 @@ def weighed(state: jax.Array, factor: jax.Array | None) -> jax.Array:
     return state if factor is None else state * factor
 
 
-def to_chunks(x: jax.Array, size: int) -> jax.Array:
-    """[B,T,H,D] -> [N,B,H,size,D], zeros behind the last token."""
+def to_chunks(x: jax.Array, size: int, count: int) -> jax.Array:
+    """[B,T,H,D] -> [count,B,H,size,D], zeros behind the last token."""
     batch, length, heads, width = x.shape
-    count = -(-length // size)
     x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
     return x.reshape(batch, count, size, heads, width).transpose(1, 0, 3, 2, 4)
 
@@ -65,11 +64,10 @@ def from_chunks(x: jax.Array, length: int) -> jax.Array:
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, heads, width)[:, :length]
 
 
-def runs_of(segment_ids: jax.Array, size: int) -> Runs:
-    """The runs of every chunk of `size` rows; rows behind the last token go on with its run."""
+def runs_of(segment_ids: jax.Array, size: int, count: int) -> Runs:
+    """The runs of `count` chunks of `size` rows; rows behind the last token go on with its run."""
     run = jnp.cumsum(boundaries(segment_ids), axis=1, dtype=jnp.int32)
     batch, length = run.shape
-    count = -(-length // size)
     run = jnp.pad(run, ((0, 0), (0, count * size - length)), mode="edge")
     run = run.reshape(batch, count, size).transpose(1, 0, 2)[:, :, None, :]
     before = jnp.concatenate([jnp.zeros_like(run[:1, ..., -1:]), run[:-1, ..., -1:]])

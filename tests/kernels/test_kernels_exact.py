@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kernels.ops import GATES
+from kernels.xla import chunked
 
 LENGTHS = (1, 63, 64, 65, 200)
 COVERING = [
@@ -30,6 +31,15 @@ COVERING = [
     ("kda", 200, "segments", None),
     ("kda", 65, "packed", 16),
     ("lightnet", 65, "segments", 16),
+]
+IN_SPANS = [
+    ("linear_attention", 65, "segments", 16),  # five chunks in three spans: one of padding
+    ("simple_gla", 200, "one", 16),
+    ("gla", 65, "segments", 16),
+    ("delta_rule", 1, "segments", 16),  # two spans of padding alone
+    ("gated_delta_rule", 200, "segments", 16),
+    ("kda", 65, "one", 16),
+    ("lightnet", 63, "segments", 4),
 ]
 EVERYTHING = list(itertools.product(GATES, LENGTHS, ("one", "segments", "packed"), (None, 16)))
 
@@ -73,4 +83,21 @@ def test_chunks_equal_the_recurrence_forward_and_backward(problem, float64, op, 
 @pytest.mark.full
 @pytest.mark.parametrize("op,length,sequences,chunk_size", EVERYTHING)
 def test_chunks_equal_the_recurrence_in_the_full_product(problem, float64, op, length, sequences, chunk_size):
+    check_exact(problem, op, length, sequences, chunk_size)
+
+
+@pytest.fixture
+def three_spans(monkeypatch):
+    """Chunks are worked on in three spans, as those of long rows are on a CPU."""
+    monkeypatch.setattr(chunked, "spans_of", lambda call, size: 1 if call.sequences else 3)
+
+
+@pytest.mark.parametrize("op,length,sequences,chunk_size", IN_SPANS)
+def test_spans_equal_the_recurrence_forward_and_backward(problem, float64, three_spans, op, length, sequences, chunk_size):
+    check_exact(problem, op, length, sequences, chunk_size)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("op,length,sequences,chunk_size", [each for each in EVERYTHING if each[2] != "packed"])
+def test_spans_equal_the_recurrence_in_the_full_product(problem, float64, three_spans, op, length, sequences, chunk_size):
     check_exact(problem, op, length, sequences, chunk_size)

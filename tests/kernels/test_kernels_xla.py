@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kernels
-from kernels.ops import GATES
+from kernels import samples
+from kernels.ops import GATES, call_of
+from kernels.xla import chunked
+from kernels.xla.limits import spans_of
 
 TAME = (("random", "mixed", "random"), ("correlated", "mild", "one"), ("identical", "-20", "two"))
 TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (5e-3, 8e-3), "float16": (5e-4, 1e-3)}
@@ -147,7 +151,9 @@ def test_a_decay_of_minus_infinity_forgets_everything_before(problem, float64, o
     assert np.all(np.isfinite(gradient))
 
 
-def test_the_second_derivative_is_that_of_the_recurrence(problem, float64):
+@pytest.mark.parametrize("spans", (1, 2))
+def test_the_second_derivative_is_that_of_the_recurrence(problem, float64, monkeypatch, spans):
+    monkeypatch.setattr(chunked, "spans_of", lambda call, size: spans)
     given = problem("kda", 9, key_size=3, value_size=2, regimes=(("random", "mild", "random"), ("correlated", "zero", "two")))
     inputs = (given.arrays, given.gates, given.state)
 
@@ -216,6 +222,40 @@ def test_the_final_state_continues_the_sequence(problem, float64):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), last, final)
 
 
+def long_call(platform: str = "cpu", *, shape: tuple[int, ...] = (2, 8192, 4, 64), **sequences: jax.ShapeDtypeStruct):
+    """The checked call of `linear_attention` on arrays of a shape [B,T,H,K], as if on a device of `platform`."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return dataclasses.replace(call_of("linear_attention", x, x, x, **sequences), platform=platform)
+
+
+def test_long_rows_are_worked_on_in_spans_on_a_cpu_alone():
+    assert spans_of(long_call(), 64) == 16 and spans_of(long_call(), 32) == 32
+    assert spans_of(long_call(shape=(1, 32769, 1, 8)), 64) == 1  # small enough for the caches as it is
+    assert spans_of(long_call(shape=(1, 32768, 1, 64)), 64) == 16 and spans_of(long_call(shape=(1, 32769, 1, 64)), 64) == 17
+    assert spans_of(long_call(shape=(16, 512, 8, 64)), 64) == 1  # many rows: a span would be of a chunk or two
+    assert spans_of(long_call("gpu"), 64) == spans_of(long_call("tpu"), 64) == 1
+    bounds = jax.ShapeDtypeStruct((3,), jnp.int32)
+    assert spans_of(long_call(shape=(1, 16384, 4, 64), cu_seqlens=bounds), 64) == 1
+
+
+def test_a_row_long_enough_for_spans_has_the_same_results_in_them(monkeypatch, rms):
+    given = samples.inputs("gated_delta_rule", 1, 4133, 2, 130)
+    asked = []
+
+    def run(spans):
+        monkeypatch.setattr(chunked, "spans_of", lambda call, size: asked.append(spans(call, size)) or asked[-1])
+
+        def objective(q, k, v, g, beta):
+            o, final = kernels.gated_delta_rule(q, k, v, g=g, beta=beta, output_final_state=True, backend="xla")
+            return jnp.sum(o**2) + jnp.sum(final), (o, final)
+
+        return jax.jit(jax.grad(objective, argnums=(0, 1, 2, 3, 4), has_aux=True))(*given)
+
+    found, expected = run(spans_of), run(lambda call, size: 1)
+    assert asked[0] > 2 and asked[-1] == 1
+    assert all(rms(x, y) < 1e-6 for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+
+
 def on_a_mesh(op: str) -> None:
     """Batch and heads split over four devices: the same numbers, the outputs stay split, no operand is sent anywhere."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
@@ -252,7 +292,8 @@ def test_a_sharded_batch_and_sharded_heads_need_no_gathering():
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     program = "import importlib.util as u, sys; s = u.spec_from_file_location('t', sys.argv[1]); m = u.module_from_spec(s);"
-    program += " s.loader.exec_module(m); m.on_a_mesh('kda'); m.on_a_mesh('lightnet')"
+    program += " s.loader.exec_module(m); m.on_a_mesh('kda'); m.on_a_mesh('lightnet');"
+    program += " m.chunked.spans_of = lambda call, size: 2; m.on_a_mesh('kda')"
     done = subprocess.run(
         [sys.executable, "-c", program, __file__], env=environment, capture_output=True, text=True, check=False
     )
