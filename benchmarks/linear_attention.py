@@ -3,6 +3,7 @@
     python -m benchmarks.linear_attention                    # speed, cost by length
     python -m benchmarks.linear_attention --gpu_shapes --dtype bfloat16    # the four shapes of the comparison with fla
     python -m benchmarks.linear_attention --chunks 16 32 64  # which chunk size
+    python -m benchmarks.linear_attention --spans --length 8192    # long rows in spans of chunks, and all chunks at once
     python -m benchmarks.linear_attention --inverse          # the study of triangular inversion: errors only
     python -m benchmarks.linear_attention --reflections      # errors where a delta rule is ill-conditioned, by length
 
@@ -24,6 +25,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ from benchmarks.measure import QUIET, Neighbours, Patience, parser, quiet_only, 
 from kernels.inverse import METHODS
 from kernels.ops import GATES
 from kernels.samples import inputs
+from kernels.xla import chunked
 from strata.cpu import tune_cpu
 from strata.errors import ConfigError
 
@@ -65,16 +68,18 @@ PEAKS = {"NVIDIA H200": (4.3e12, 790e12)}
 """Bytes and bfloat16 operations a second that a device reaches in practice."""
 
 
-def contestants(op: str, chunks: list[int], x: tuple[Any, ...], recurrence: bool) -> dict[str, Callable[..., Any]]:
+def contestants(op: str, x: tuple[Any, ...], options: Any) -> dict[str, Callable[..., Any]]:
     """What is timed on the inputs x, by name; `xla` is first."""
 
     def ours(**options: Any) -> Callable[..., Any]:
         return lambda *x: getattr(kernels, op)(*x, **options)[0]
 
     found = {"xla": ours(backend="xla")}
-    if chunks:
-        return found | {f"chunks of {size}": ours(backend="xla", chunk_size=size) for size in chunks}
-    if recurrence:
+    if options.chunks:
+        return found | {f"chunks of {size}": ours(backend="xla", chunk_size=size) for size in options.chunks}
+    if options.spans:
+        return found | {"all at once": all_at_once(found["xla"])}
+    if not options.gpu_shapes:
         found["recurrence"] = ours(backend="reference")
     for backend in ("tpu", "mosaic_gpu"):
         try:
@@ -88,6 +93,16 @@ def contestants(op: str, chunks: list[int], x: tuple[Any, ...], recurrence: bool
         options = {"impl": "auto" if jax.default_backend() == "gpu" else "chunked"}
         found["jla"] = lambda q, k, v, *g: run(JLA[op], q, k, v, **options, **dict(zip(gates, g, strict=True)))[0]
     return found
+
+
+def all_at_once(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f traced without spans of chunks."""
+
+    def traced(*x: Any) -> Any:
+        with mock.patch.object(chunked, "spans_of", lambda call, size: 1):
+            return f(*x)
+
+    return traced
 
 
 def gate_names(op: str) -> tuple[str, ...]:
@@ -217,9 +232,9 @@ def race(runs: dict[str, tuple[Run, tuple[Any, ...]]], rounds: int, seconds: flo
 def speed(op: str, shape: tuple[int, int, int, int], options: Any) -> dict[str, Any]:
     """One op at (B, T, H, K = V): all contestants, then T against 4 T of the chunked back-end."""
     x = inputs(op, *shape, dtype=options.dtype)
-    made = contestants(op, options.chunks, x, recurrence=not options.gpu_shapes)
-    forms = {name: timed_forms(f) for name, f in made.items()}
-    others = {} if options.chunks else fla_forms(op, x, options.dtype)
+    alone = bool(options.chunks or options.spans)
+    forms = {name: timed_forms(f) for name, f in contestants(op, x, options).items()}
+    others = {} if alone else fla_forms(op, x, options.dtype)
     found: dict[str, Any] = {"op": op, "shape": shape}
     for form in ("forward", "forward+backward"):
         runs = {name: (made[form], x) for name, made in forms.items()}
@@ -229,7 +244,7 @@ def speed(op: str, shape: tuple[int, int, int, int], options: Any) -> dict[str, 
             found[form][name]["program_bytes"] = program_memory(made_by[form], x)
         report(f"{op}, {form}, {options.dtype}, (B, T, H, K = V) = {shape}", found[form])
         add_floors(found[form], op, shape, options.dtype, form)
-    if not options.chunks and not options.gpu_shapes:
+    if not alone and not options.gpu_shapes:
         longer = inputs(op, options.batch, 4 * options.length, options.heads, options.size, dtype=options.dtype)
         run = forms["xla"]["forward+backward"]
         runs = {f"T = {options.length}": (run, x), f"T = {4 * options.length}": (run, longer)}
@@ -355,6 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=16, help="segments of every contestant")
     arguments.add_argument("--seconds", type=float, default=0.5, help="length of a segment")
     arguments.add_argument("--chunks", type=int, nargs="+", default=[], help="compare these chunk sizes, nothing else")
+    arguments.add_argument("--spans", action="store_true", help="compare spans of chunks with all at once, nothing else")
     arguments.add_argument("--inverse", action="store_true", help="errors of triangular inversion, nothing else")
     arguments.add_argument("--reflections", action="store_true", help="errors with one key and beta = 2, nothing else")
     arguments.add_argument("--seeds", type=int, default=8, help="with --inverse or --reflections: draws of each kind")
@@ -369,14 +385,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     tune_cpu()
     jla = importlib.metadata.version("jax-linear-attention") if importlib.util.find_spec("jla") else None
-    if jla is None and not options.chunks:
+    if jla is None and not options.chunks and not options.spans:
         print("jax-linear-attention is not installed and was not measured: pip install jax-linear-attention (jax 0.11.2)")
     shown = {
         name: value for name, value in vars(options).items() if name not in ("out", "ops", "inverse", "reflections", "seeds")
     }
     shapes = GPU_SHAPES if options.gpu_shapes else ((options.batch, options.length, options.heads, options.size),)
     results = [speed(op, shape, options) for op in options.ops for shape in shapes]
-    title = "linear_attention_chunks" if options.chunks else f"linear_attention-jax-{jax.__version__}"
+    kind = "_chunks" if options.chunks else "_spans" if options.spans else ""
+    title = f"linear_attention{kind}-jax-{jax.__version__}"
     installed = {"flash-linear-attention": "fla", "torch": "torch", "triton": "triton"}
     peers = {name: importlib.metadata.version(name) for name, module in installed.items() if importlib.util.find_spec(module)}
     write_result(title, {"options": shown, "jla": jla, "peers": peers, "ops": results}, options.out)

@@ -188,10 +188,7 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any] | None:
         """The content of `status.json`, None if there is none."""
         status = self.read_json("status.json")
-        whole = status is None or (
-            isinstance(status, dict) and status.get("state") in STATES and isinstance(status.get("step"), int)
-        )
-        if not whole:
+        if status is not None and not (status.get("state") in STATES and isinstance(status.get("step"), int)):
             raise StrataError(f"{self.path / 'status.json'} is damaged: it has no state, or no step")
         return status
 
@@ -204,20 +201,23 @@ class RunDirectory:
         with self._writing(name):
             write_json_atomic(self.path / name, value)
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str) -> dict[str, Any] | None:
         """The content of a JSON file of the run, None if it is not there.
 
         Raises:
-          StrataError: it is not JSON; the message names the file.
+          StrataError: it is not a JSON object; the message names the file.
         """
         try:
-            return json.loads((self.path / name).read_bytes())
+            found = json.loads((self.path / name).read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise StrataError(f"{self.path / name} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise StrataError(f"{self.path / name} is damaged: {error}") from error
+        if not isinstance(found, dict):
+            raise StrataError(f"{self.path / name} is damaged: it holds a {type(found).__name__} where an object belongs")
+        return found
 
     @contextlib.contextmanager
     def _writing(self, name: str):

@@ -10,7 +10,7 @@ import pytest
 from trainer.metrics.jsonl import MetricsWriter
 from trainer.report.analysis import analyse
 from trainer.report.cli import main
-from trainer.report.results import of_plan
+from trainer.report.reading import of_plan
 from trainer.sweep import Arm, Claim, Experiment, Metric, Rule, Scale
 from trainer.sweep.place import Place
 from trainer.sweep.plan import make_plan

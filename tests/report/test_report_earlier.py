@@ -11,8 +11,8 @@ from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import write
 from trainer.report.curves import curves, drawn_rows
 from trainer.report.figures import draw
+from trainer.report.reading import read_results
 from trainer.report.records import make_record
-from trainer.report.results import read_results
 from trainer.report.tables import runs
 from trainer.report.verdicts import NOT_REPRODUCED, REPRODUCED
 from trainer.sweep.outcome import Outcome

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
-from trainer.report.results import of_plan
+from trainer.report.reading import of_plan
 from trainer.report.tables import arms, runs, verdict_facts
 from trainer.report.verdicts import CONTRADICTED, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Tuning, axis

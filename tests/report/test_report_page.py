@@ -13,7 +13,7 @@ import pytest
 from trainer.report.analysis import analyse
 from trainer.report.cli import main, write
 from trainer.report.figures import draw
-from trainer.report.results import of_plan
+from trainer.report.reading import of_plan
 from trainer.report.words import sentence
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from trainer.report.analysis import analyse, to_json
+from trainer.report.reading import read_results
 from trainer.report.records import code_version
-from trainer.report.results import read_results
 from trainer.report.tables import machines, mixed_versions
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale, Tuning, axis
 from trainer.sweep.plan import make_plan

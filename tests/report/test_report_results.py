@@ -10,7 +10,8 @@ from strata import ConfigError
 from trainer.report import markdown, page
 from trainer.report.analysis import analyse, to_json
 from trainer.report.cli import main
-from trainer.report.results import of_plan, read_results, seconds_at
+from trainer.report.reading import of_plan, read_results
+from trainer.report.results import seconds_at
 from trainer.report.tables import machines, verdict_facts
 from trainer.report.verdicts import NO_VERDICT, NOT_REPRODUCED, REPRODUCED
 from trainer.sweep import Arm, Claim, Metric, Rule, Scale
@@ -131,6 +132,19 @@ def test_a_directory_of_runs_is_grouped_by_what_differs_and_claims_nothing(plant
     (planted.root / "empty").mkdir()
     with pytest.raises(ConfigError, match="neither a sweep"):
         read_results("empty")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"seed": 0, "train": 3}', '{"seed": 0, "data": {"batch_size": "8"}}', "{}"])
+def test_what_is_no_run_in_a_directory_of_runs_is_left_out_and_named(planted, content):
+    planted.write_all(planted.better)
+    (planted.root / "runs" / "another").mkdir()
+    (planted.root / "runs" / "another" / "config.json").write_text(content)
+    report = analyse(read_results("runs"))
+    assert len(report.results.records) == 10
+    assert any("another/config.json is not the config of a run" in warning for warning in report.warnings)
+
+
+def test_an_unknown_experiment_is_refused():
     with pytest.raises(ConfigError, match="does not exist"):
         read_results("nowhere.py")
 
@@ -365,6 +379,8 @@ def test_a_report_is_compared_with_another_one(planted, capsys):
     assert main([str(planted.place.path), "--out", "third", "--compare", "first/report.json"]) == 0
     rows = (planted.root / "third" / "report.md").read_text().splitlines()
     assert next(row for row in rows if row.startswith("| b | val loss")).endswith("| no run |")
-    with pytest.raises(ConfigError, match="not a report.json"):
-        (planted.root / "bad.json").write_text("{}")
-        main([str(planted.place.path), "--compare", "bad.json"])
+    whole = json.loads((planted.root / "first" / "report.json").read_text())
+    for bad in ({}, [], whole | {"arms": [1]}, whole | {"claims": {"a": 0}}, whole | {"metrics": [{}]}):
+        (planted.root / "bad.json").write_text(json.dumps(bad))
+        with pytest.raises(ConfigError, match=r"--compare bad.json: not .* ?report.json"):
+            main([str(planted.place.path), "--compare", "bad.json"])

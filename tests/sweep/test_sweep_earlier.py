@@ -11,7 +11,7 @@ from strata import ConfigError
 from tests.sweep.conftest import RATE, Sweep
 from trainer.report.analysis import analyse, to_json
 from trainer.report.curves import curves as report_curves
-from trainer.report.results import of_plan, read_results
+from trainer.report.reading import of_plan, read_results
 from trainer.sweep import Arm, Claim, Metric, Rule, RunOf, Tuning, axis
 from trainer.sweep.cost import describe_cost, describe_runs
 from trainer.sweep.display import status_lines

@@ -41,6 +41,18 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         ledger.rows()
 
 
+@pytest.mark.parametrize(
+    "row", [[], {"event": "start"}, {"event": "end", "run": "a"}, {"event": "plan", "rules": 3}, {"event": [], "run": "a"}]
+)
+def test_json_that_is_no_row_is_named_too(tmp_path, row):
+    ledger = Ledger(tmp_path)
+    ledger.append("start", run="a")
+    with open(ledger.path, "a") as file:
+        file.write(json.dumps(row if isinstance(row, list) else {"time": 0.5, **row}) + "\n")
+    with pytest.raises(StrataError, match="line 2 of"):
+        ledger.rows()
+
+
 def test_processes_that_append_at_once_lose_nothing(tmp_path):
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=write, args=(tmp_path, 30, name)) for name in "ab"]

@@ -252,7 +252,7 @@ def test_without_one_good_checkpoint_nothing_is_started_afresh(tiny, tmp_path, b
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[1]"])
 def test_a_damaged_environment_json_is_named_by_the_comparison_of_two_runs(whole, tmp_path, content):
     shutil.copytree(whole, tmp_path / "other")
     assert diff.main([str(whole), str(tmp_path / "other")]) == 0
@@ -271,8 +271,9 @@ def test_a_damaged_config_json_is_named(tiny, whole, content):
     assert (whole / "config.json").read_bytes() == content
 
 
-def test_a_damaged_status_json_is_named(tiny, whole):
-    (whole / "status.json").write_bytes(b'{"state": "fin')
+@pytest.mark.parametrize("content", [b'{"state": "fin', b"[]", b"{}"])
+def test_a_damaged_status_json_is_named(tiny, whole, content):
+    (whole / "status.json").write_bytes(content)
     assert "status.json is damaged" in refused(StrataError, tiny(), whole)
 
 

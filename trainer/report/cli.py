@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from strata import ConfigError
 from trainer.atomic_files import write_bytes_atomic
 from trainer.report.analysis import Report, analyse, to_json
 from trainer.report.compare import Comparison, compare, read_other
 from trainer.report.curves import curves
 from trainer.report.drawing import Drawing
 from trainer.report.figures import draw
-from trainer.report.results import Results, read_results
+from trainer.report.reading import read_results
+from trainer.report.results import Results
 from trainer.report.words import headline
 from trainer.sweep.earlier import curves_beside
 
@@ -34,7 +36,11 @@ def main(argv: Sequence[str]) -> int:
     comparison = None
     if arguments.compare is not None:
         other = read_other(arguments.compare, scale=arguments.scale, runs=arguments.runs)
-        comparison = compare(report, other, arguments.compare)
+        try:
+            comparison = compare(report, other, arguments.compare)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            what = f"not what a report.json of this version holds ({type(error).__name__}: {error})"
+            raise ConfigError(f"--compare {arguments.compare}: {what}") from error
     out = arguments.out or default_place(results, arguments.target, arguments.runs)
     write(report, out, comparison)
     for warning in report.warnings:

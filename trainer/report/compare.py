@@ -12,7 +12,7 @@ from typing import Any
 from strata import ConfigError
 from trainer.report import statistics
 from trainer.report.analysis import Report, analyse, to_json
-from trainer.report.results import read_results
+from trainer.report.reading import read_results
 from trainer.report.tables import Table, interval, number
 from trainer.sweep.plan import flat
 

@@ -7,7 +7,7 @@ import difflib
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.command == "status":
         return show_status(arguments, place, again)
     slots = _whole(arguments, "slots", least=1) or plan.scale.slots
+    limits = limits_of(arguments)
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
     if arguments.values.get("launcher") == "submitit":
@@ -172,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
         with RunDirectory(place.path):
             place.keep_earlier()
             return launch(place, plan, slots, dict(arguments.pairs["slurm."]), again, "wait" in arguments.flags)
-    return launch_here(arguments, place, plan, slots, again)
+    return launch_here(arguments, place, plan, slots, limits, again)
 
 
 def plan_of(arguments: Arguments, source: Source, scale: str, place: Place) -> Plan:
@@ -182,7 +183,7 @@ def plan_of(arguments: Arguments, source: Source, scale: str, place: Place) -> P
         source,
         scale,
         changes=arguments.pairs["config."],
-        only=chosen_arms(only, [arm.name for arm in arms_at(source.experiment, scale)]) if only else None,
+        only=chosen_arms(only, [arm.name for arm in arms_at(source.experiment, scale)]) if only is not None else None,
         part=part,
         score=place.score(source.experiment.metric),
         runs_at=place.runs,
@@ -214,24 +215,23 @@ def slots_of(arguments: Arguments, place: Place, count: int, devices: int = 1) -
     return slots
 
 
-def launch_here(arguments: Arguments, place: Place, plan: Plan, count: int, again: object) -> int:
+def limits_of(arguments: Arguments) -> dict[str, Any]:
+    """What the launcher is told of retries and times, in seconds. Raises `ConfigError`."""
+    retries = _whole(arguments, "retries", least=0)
+    times = {name: _minutes(arguments, name) for name in ("timeout", "stop_after")}
+    return {"retries": 2 if retries is None else retries, **times}
+
+
+def launch_here(arguments: Arguments, place: Place, plan: Plan, count: int, limits: Mapping[str, Any], again: object) -> int:
     """Stay until every run has ended, and say how."""
     from trainer.sweep.display import Display, status_lines
     from trainer.sweep.launcher import Launcher
 
     devices = {run.devices for run in plan.runs}
     slots = slots_of(arguments, place, count, -1 if -1 in devices else max(devices))
-    retries = _whole(arguments, "retries", least=0)
-    timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
     submits = arguments.values.get("launcher") == "submitit"
     check_assembly(plan, place, without_devices(plan) if submits else slots[0].variables())
-    launcher = Launcher(
-        place,
-        slots,
-        Display(place),
-        retries=2 if retries is None else retries,
-        **timing,
-    )
+    launcher = Launcher(place, slots, Display(place), **limits)
     with RunDirectory(place.path):
         place.keep_earlier()
         code = launcher.run(plan, again)
@@ -254,12 +254,11 @@ def search(arguments: Arguments) -> int:
     found = dataclasses.replace(source, trials=_whole(arguments, "trials", least=1) or source.trials)
     place = Place(arguments.values.get("runs", "runs"), f"{found.name}-{SCALE}")
     slots = slots_of(arguments, place, _whole(arguments, "slots", least=1) or 1)
-    retries = _whole(arguments, "retries", least=0)
-    timing = {"timeout": _minutes(arguments, "timeout"), "stop_after": _minutes(arguments, "stop_after")}
+    limits = limits_of(arguments)
     check_points(found, Path(arguments.file))
     with RunDirectory(place.path):
         study = Study(found, place.path)
-        launcher = SearchLauncher(place, slots, Display(place), retries=2 if retries is None else retries, **timing)
+        launcher = SearchLauncher(place, slots, Display(place), **limits)
         code = launcher.search(found, study)
     print(f"{found.name}: {', '.join(f'{count} {state}' for state, count in sorted(study.counts().items()))}")
     if (best := study.best()) is not None:

@@ -237,8 +237,7 @@ class Launcher:
             found = outcome(self.place.directory(run), run.steps)
             start = lost.get(run.directory)
             if self._at_it(run, found, start):
-                self.foreign[run.directory] = run, start
-                self.display.say(f"{run.title}: another process is at it; waiting for that one")
+                self._leave(run, start)
                 continue
             if found.ended:
                 end = known.get(run.directory)
@@ -288,8 +287,8 @@ class Launcher:
             else:
                 self._start(run, slot)
 
-    def _leave(self, run: Run) -> None:
-        self.foreign[run.directory] = run, None
+    def _leave(self, run: Run, start: Mapping[str, Any] | None = None) -> None:
+        self.foreign[run.directory] = run, start
         self.display.say(f"{run.title}: another process is at it; waiting for that one")
 
     def _start(self, run: Run, slot: Slot) -> None:

@@ -20,6 +20,12 @@ from typing import Any
 from strata import StrataError
 
 NAME = "ledger.jsonl"
+FIELDS: dict[str, dict[str, type]] = {
+    "plan": {"rules": list},
+    "start": {"run": str},
+    "end": {"run": str, "outcome": str, "step": int},
+}
+"""What readers count on, by event."""
 
 
 class Ledger:
@@ -72,9 +78,13 @@ class Ledger:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                row["event"], row["time"]
+                whole = isinstance(row["time"], int | float) and all(
+                    isinstance(row[name], kind) for name, kind in FIELDS.get(row["event"], {}).items()
+                )
             except (ValueError, KeyError, TypeError):
-                raise StrataError(f"line {number} of {self.path} is not a row of a ledger: {line[:80]!r}") from None
+                whole = False
+            if not whole:
+                raise StrataError(f"line {number} of {self.path} is not a row of a ledger: {line[:80]!r}")
             found.append(row)
         return found
 

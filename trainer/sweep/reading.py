@@ -77,7 +77,11 @@ def _axis(path: str, values: list[object]) -> Space:
 
 
 def split_values(text: str) -> list[object]:
-    """`1e-3,3e-3`, `a,b` or a JSON list to a list of values; commas inside brackets do not split."""
+    """`1e-3,3e-3`, `a,b` or a JSON list to a list of values; commas inside brackets do not split.
+
+    Raises:
+      ConfigError: there is nothing between two commas, or beside one.
+    """
     literal = read_literal(text)
     if isinstance(literal, list):
         return literal
@@ -87,7 +91,10 @@ def split_values(text: str) -> list[object]:
         if character == "," and depth == 0:
             values.append(text[start:at])
             start = at + 1
-    return [value.strip() for value in [*values, text[start:]] if value.strip()]
+    values = [value.strip() for value in [*values, text[start:]]]
+    if len(values) > 1 and "" in values:
+        raise ConfigError(f"the values {text!r} have nothing where one belongs, beside a comma")
+    return [value for value in values if value]
 
 
 def _crossed(experiment: Experiment, spaces: Sequence[Space]) -> Experiment:

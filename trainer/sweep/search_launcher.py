@@ -137,8 +137,7 @@ class SearchLauncher(Launcher):
                         break
                     start = unfinished(self.place.ledger.rows()).get(run.directory)
                     if self._at_it(run, outcome(self.place.directory(run), run.steps), start):
-                        self.foreign[run.directory] = run, start
-                        self.display.say(f"{run.title}: another process is at it; waiting for that one")
+                        self._leave(run, start)
                     else:
                         waiting.append(run)
                 if not waiting and not self.active and not self.foreign:
