@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.measure import Patience, overrides, parser, show, shown_ratio, spread, write_result
 from strata import to_tree
 from strata.cpu import tune_cpu
+from trainer import command
 
 
 def config(depth: int, changes: list[tuple[str, str]]) -> Any:
@@ -100,4 +101,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

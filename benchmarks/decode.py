@@ -25,6 +25,7 @@ from benchmarks.measure import Neighbours, Patience, parser, show, shown_ratio, 
 from kernels.ops import GATES
 from kernels.samples import inputs
 from strata.cpu import tune_cpu
+from trainer import command
 
 Carry = Any
 Step = Callable[[Carry, Any], tuple[Carry, jax.Array]]
@@ -155,4 +156,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Neighbours, Patience, overrides, parser, show, shown_ratio, spread, write_result
+from trainer import command
 
 ALONE = 5
 """Rows of a single diagnostic that are timed after the one that compiles it."""
@@ -137,4 +138,4 @@ def _shown(found: dict[str, Any], factor: float, digits: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

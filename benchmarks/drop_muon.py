@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.fixed_loss import over, race, told
 from benchmarks.measure import Patience, Timed, batch_of, overrides, parser, show, shown_ratio, spread, timed, write_result
 from strata.cpu import tune_cpu
+from trainer import command
 
 BASE = [("model.layers", "8"), ("optimizer.schedule.name", "constant")]
 DROP = ("optimizer.sampling.name", "drop_muon")
@@ -143,4 +144,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

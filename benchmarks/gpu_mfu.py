@@ -27,8 +27,8 @@ import optim
 from benchmarks.measure import overrides, parser, show, spread, write_result
 from models import cross_entropy
 from models.mixers import softmax
+from trainer import command, devices
 from trainer import config as configuration
-from trainer import devices
 from trainer.flops import training_flops
 from trainer.metrics.throughput import device_memory, mfu, peak_flops
 from trainer.setup import Setup, assemble
@@ -200,4 +200,4 @@ def report(name: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

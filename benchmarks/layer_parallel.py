@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from benchmarks.measure import Patience, parser, show, shown_ratio, spread, write_result
+from trainer import command
 
 SEQUENTIAL = "sequential"
 
@@ -119,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

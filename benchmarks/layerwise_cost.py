@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.measure import Patience, Timed, batch_of, overrides, parser, show, spread, timed, write_result
 from strata.cpu import tune_cpu
+from trainer import command
 
 CONTESTANTS = {
     "plain": [],
@@ -103,4 +104,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

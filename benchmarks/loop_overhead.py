@@ -26,8 +26,8 @@ from typing import Any
 import jax
 
 from benchmarks.measure import Neighbours, Patience, overrides, parser, quiet_only, show, shown_ratio, spread, write_result
+from trainer import command, devices, loop
 from trainer import config as configuration
-from trainer import devices, loop
 
 WARM_UP = 12
 """Steps of the loop before the first segment: the first compiles, and the first row of metrics is unusual."""
@@ -218,4 +218,4 @@ def report(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.measure import Neighbours, Patience, overrides, parser, quiet_only, show, shown_ratio, spread, write_result
 from strata import to_tree
 from strata.cpu import tune_cpu
+from trainer import command
 
 BASE = "base"
 ARMS = {
@@ -138,4 +139,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -34,6 +34,7 @@ from benchmarks.measure import (
     write_result,
 )
 from strata.cpu import tune_cpu
+from trainer import command
 
 SETS = {
     "blocks of width 128": "16x128x128+4x128x512+4x512x128",
@@ -223,4 +224,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from benchmarks.fixed_loss import Contestant, over, race, told
 from benchmarks.measure import Patience, overrides, parser, show, shown_ratio, spread, timed, write_result
 from strata.cpu import tune_cpu
+from trainer import command
 
 SIZES = (77e6, 354e6, 1e9, 2.8e9, 10e9, 30e9, 100e9, 300e9)
 UNIFORM = 5
@@ -279,4 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

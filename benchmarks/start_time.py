@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Neighbours, Patience, parser, show, spread, write_result
+from trainer.command import run
 
 PARTS = (
     "interpreter",
@@ -86,4 +87,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,6 +23,7 @@ from benchmarks.measure import QUIET, parser, quiet_only, show, shown_ratio, spr
 from benchmarks.steps import ablations
 from benchmarks.steps.sizes import SIZES, Size
 from benchmarks.workers import Segment, Worker, alternate
+from trainer.command import run
 
 STRATA = "Strata"
 
@@ -138,4 +139,4 @@ def report(size: Size, rows: list[dict[str, Any]], ablate: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks.measure import parser, show, write_result
 from kernels.tpu.compiled import SHAPE, TOPOLOGIES
 from kernels.tpu.limits import USUAL_SIZE
+from trainer import command
 
 OPS = ("linear_attention", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda")
 """One of every form: no decay, one a head, one a channel; additive and by the delta rule."""
@@ -207,4 +208,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

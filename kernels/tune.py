@@ -15,6 +15,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import math
 import re
 import statistics
 import time
@@ -138,21 +139,33 @@ def _power_of_two(text: str) -> int:
     return number
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and write, entry by entry."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--backend", choices=("xla", "tpu"), default="xla", help="mosaic_gpu takes one chunk size only")
     made.add_argument("--ops", nargs="+", choices=tuple(GATES), default=list(GATES))
     made.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
-    made.add_argument("--sizes", nargs="+", type=int, default=[64], help="K = V")
-    made.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
-    made.add_argument("--batch", type=int, default=1)
-    made.add_argument("--heads", type=int, default=8)
+    made.add_argument("--sizes", nargs="+", type=_whole, default=[64], help="K = V")
+    made.add_argument("--lengths", nargs="+", type=_whole, default=[512, 2048])
+    made.add_argument("--batch", type=_whole, default=1)
+    made.add_argument("--heads", type=_whole, default=8)
     made.add_argument(
         "--chunks", nargs="+", type=_power_of_two, default=[16, 32, 64, 128], help="candidates besides the default"
     )
     made.add_argument("--rounds", type=int, default=7, help=f"at least {LEAST_ROUNDS}")
-    made.add_argument("--seconds", type=float, default=0.3, help="of a segment")
+    made.add_argument("--seconds", type=_seconds, default=0.3, help="of a segment")
     made.add_argument("--machine", help="the device in words; kept from the table unless given")
     made.add_argument("--out", type=Path, default=tuning.TABLES, help="directory of the tables")
     options = made.parse_args(argv)

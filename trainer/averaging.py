@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from trainer.runs import Run
 
 FORMS = {"lawa": "lawa:COUNT", "cma": "cma:COUNT[:ALPHA]", "wsm": "wsm:COUNT[:SHAPE]"}
+MOST = 10_000
+"""Checkpoints in an average."""
 SHAPES = ("linear", "sqrt", "cosine", "square")
 """Of a decay that ends at 0."""
 
@@ -41,8 +43,8 @@ def weights_of(text: str) -> np.ndarray:
     expected = f"--average = {text!r}: expected {', '.join(FORMS.values())}"
     if name not in FORMS or not 1 <= len(arguments) <= 1 + FORMS[name].count("["):
         raise ConfigError(expected)
-    if not arguments[0].isdecimal() or int(arguments[0]) < 1:
-        raise ConfigError(f"{expected} with a COUNT from 1 on, not {arguments[0]!r}")
+    if not arguments[0].isdecimal() or not 1 <= int(arguments[0]) <= MOST:
+        raise ConfigError(f"{expected} with a COUNT from 1 to {MOST:,}, not {arguments[0]!r}")
     count, *rest = int(arguments[0]), *arguments[1:]
     if name == "lawa":
         return uniform_weights(count)

@@ -385,7 +385,8 @@ class Checkpointer:
     def _on_disk(self) -> list[int]:
         """Steps that have a directory with something in it, whatever its state, in ascending order."""
         try:
-            names = [entry.name for entry in os.scandir(self.directory) if entry.is_dir() and entry.name.isdecimal()]
+            with os.scandir(self.directory) as entries:
+                names = [entry.name for entry in entries if entry.is_dir() and entry.name.isdecimal()]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -395,6 +396,7 @@ class Checkpointer:
     @staticmethod
     def _filled(directory: Path) -> bool:
         try:
-            return any(os.scandir(directory))
+            with os.scandir(directory) as entries:
+                return any(entries)
         except FileNotFoundError:  # deleted since it was listed, by the run that is being read
             return False

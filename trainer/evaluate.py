@@ -100,9 +100,9 @@ def step_or_name(text: str) -> int | str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for a flag."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, not {text!r}")
+    """A whole number from 1 on that an int32 holds, for a flag."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {2**31 - 1:,}, not {text!r}")
     return int(text)
 
 

@@ -63,7 +63,7 @@ def train(
     Raises:
       ConfigError: the config is wrong, or the directory belongs to another one.
       DataError: data is missing or damaged.
-      Diverged: a loss, gradient (or too many, with `nonfinite="skip"`) or update was not finite; nothing non-finite is saved.
+      Diverged: a loss, gradient (or too many, with `nonfinite="skip"`) or update was not finite.
       Preempted: stopped by a signal after saving.
       StrataError: a checkpoint could not be written, or the directory is in use.
     """

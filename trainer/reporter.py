@@ -43,6 +43,7 @@ class Reporter:
         self._last_row = done
         self._stack = contextlib.ExitStack()
         self._profiling = self._profile_failed = False
+        self._traced = [0, 0]  # the first and the last step of a trace
         self._profile_directory = str(directory.path / "profile")
         self.timer = self._stack.enter_context(contextlib.closing(Timer()))
         if not processes.first():
@@ -96,6 +97,7 @@ class Reporter:
         wanted = self.config.log.profile
         if wanted and not (self._profiling or self._profile_failed) and wanted[0] <= step <= wanted[1]:
             jax.block_until_ready(state)
+            self._traced = [step, step]
             try:
                 # First, since JAX looks only when the trace ends, and would hold on to one that it cannot write.
                 Path(self._profile_directory).mkdir(parents=True, exist_ok=True)
@@ -106,10 +108,12 @@ class Reporter:
         elif self._profiling and step > wanted[1]:
             jax.block_until_ready(state)
             self._stop_profiling()
+        elif self._profiling:
+            self._traced[1] = step
 
     def _stop_profiling(self) -> None:
         self._profiling = False
-        first, last = self.config.log.profile
+        first, last = self._traced
         try:
             jax.profiler.stop_trace()
             self.say(f"profiler trace of steps {first} to {last} in {self._profile_directory}")

@@ -50,6 +50,16 @@ def search(**changes):
     return Search(**{**given, **changes})
 
 
+def test_its_config_is_read_once_so_that_every_trial_is_of_the_same(place):
+    wanted = search()
+    first, second = (plan_of(wanted, [{RATE: rate}], Path("search.py")).runs[0] for rate in (0.1, 0.2))
+    file = Path("small.py")
+    file.write_text(file.read_text().replace("def get_config", "def gone"))
+    assert plan_of(wanted, [{RATE: 0.2}], Path("search.py")).runs[0].config == second.config != first.config
+    with pytest.raises(ConfigError, match="get_config"):
+        plan_of(search(), [{RATE: 0.2}], Path("search.py"))
+
+
 def test_it_finds_the_planted_optimum_and_leaves_a_sweep_that_can_be_reported(optuna, launch):
     code, study, there, _ = launch(search(trials=12), slots=2)
     assert code == 0 and study.counts() == {"complete": 12}

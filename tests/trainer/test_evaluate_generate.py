@@ -150,7 +150,7 @@ def test_a_depth_is_described_by_what_is_not_usual_of_it():
 
 
 def test_a_draft_is_no_longer_than_the_text(run, capsys):
-    asked = ["--run", str(run), "--tokens", "3", "--draft", "sequential", "--draft_tokens", "999999999999"]
+    asked = ["--run", str(run), "--tokens", "3", "--draft", "sequential", "--draft_tokens", "999999999"]
     assert generation.main(asked) == 0
     assert "tokens accepted" in capsys.readouterr().err
 
@@ -210,7 +210,8 @@ def test_checkpoints_that_are_not_evenly_spaced_are_averaged_with_a_note(run, tm
         (["--average", "ema:5"], "expected lawa:COUNT, cma:COUNT.:ALPHA., wsm:COUNT.:SHAPE.$"),
         (["--average", "lawa"], "expected lawa:COUNT"),
         (["--average", "lawa:2:3"], "expected lawa:COUNT"),
-        (["--average", "lawa:0"], "COUNT from 1 on, not '0'"),
+        (["--average", "wsm:99999999999"], "COUNT from 1 to 10,000, not '99999999999'"),
+        (["--average", "lawa:0"], "COUNT from 1 to 10,000, not '0'"),
         (["--average", "cma:3:2"], "ALPHA above 0 and at most 1, not '2'"),
         (["--average", "cma:3:x"], "ALPHA above 0 and at most 1, not 'x'"),
         (["--average", "wsm:3:inverse"], "SHAPE among linear, sqrt, cosine, square, not 'inverse'"),
@@ -232,12 +233,13 @@ def test_what_cannot_be_evaluated_is_said(run, arguments, words):
 @pytest.mark.parametrize(
     ("main", "arguments", "words"),
     [
-        (evaluation.main, ["--batches", "0"], "--batches: expected a whole number from 1 on, not '0'"),
-        (evaluation.main, ["--batches", "1.5"], "--batches: expected a whole number from 1 on, not '1.5'"),
-        (generation.main, ["--context", "0"], "--context: expected a whole number from 1 on, not '0'"),
-        (generation.main, ["--tokens", "0"], "--tokens: expected a whole number from 1 on, not '0'"),
-        (generation.main, ["--top_k", "0"], "--top_k: expected a whole number from 1 on, not '0'"),
-        (generation.main, ["--top_k", "²"], "--top_k: expected a whole number from 1 on, not '²'"),
+        (evaluation.main, ["--batches", "0"], "--batches: expected a whole number from 1 to 2,147,483,647, not '0'"),
+        (evaluation.main, ["--batches", "1.5"], "--batches: expected a whole number from 1 to 2,147,483,647, not '1.5'"),
+        (generation.main, ["--context", "0"], "--context: expected a whole number from 1 to 2,147,483,647, not '0'"),
+        (generation.main, ["--tokens", "0"], "--tokens: expected a whole number from 1 to 2,147,483,647, not '0'"),
+        (generation.main, ["--tokens", "9" * 20], "--tokens: expected a whole number from 1 to 2,147,483,647, not '999"),
+        (generation.main, ["--top_k", "0"], "--top_k: expected a whole number from 1 to 2,147,483,647, not '0'"),
+        (generation.main, ["--top_k", "²"], "--top_k: expected a whole number from 1 to 2,147,483,647, not '²'"),
         (generation.main, ["--seed", str(2**31)], "--seed: expected a whole number from 0 to 2,147,483,647, not '2147483648'"),
     ],
 )

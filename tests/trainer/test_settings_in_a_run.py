@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -19,7 +20,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def config(tiny):
     kept = {"every": 1, "keep_latest": 1, "keep_every": 3, "keep_best": 0}
-    log = {"every": 2, "profile": [8, 9]}  # the run ends before the trace would
+    log = {"every": 2, "profile": [7, 9]}  # the run ends before the trace would
     return tiny(seed=5, train__accumulation=2, evaluate__every=0, checkpoint=kept, log=log)
 
 
@@ -27,7 +28,8 @@ def config(tiny):
 def run(config, folder):
     """The run that all tests look at."""
     if not (folder / "run").exists():
-        trainer.train(config, folder / "run")
+        with open(folder / "said", "w") as said, contextlib.redirect_stderr(said):
+            trainer.train(config, folder / "run")
     return folder / "run"
 
 
@@ -46,6 +48,7 @@ def test_a_checkpoint_holds_the_config_of_its_run(run, config):
         assert json.loads((run / "checkpoints" / str(step) / "host.json").read_text())["config"] == expected
 
 
-def test_log_profile_leaves_one_trace_also_where_the_run_ends_first(run):
+def test_log_profile_leaves_one_trace_also_where_the_run_ends_first(run, folder):
     (trace,) = (run / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 0
+    assert "profiler trace of steps 7 to 8 in" in " ".join((folder / "said").read_text().split())

@@ -85,6 +85,7 @@ class Search:
     sampler_seed: int = 0
     prune: bool = True
     startup: int = 5
+    configs: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)  # as in a `Source`
 
 
 def check(search: Search) -> None:

@@ -55,7 +55,7 @@ def plan_of(search: Search, points: Sequence[dict[str, Any]], path: Path) -> Pla
             "",
         ]
     )
-    return make_plan(Source(experiment, path, text), SCALE)
+    return make_plan(Source(experiment, path, text, configs=search.configs), SCALE)
 
 
 def check_points(search: Search, path: Path) -> None:
